@@ -1,0 +1,1 @@
+"""Side-by-side studies of pruning methods; each is one command."""
