@@ -47,6 +47,12 @@ class Runtime(Protocol):
 
     def decode(self, tokens: Sequence[int]) -> str: ...
 
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that ``token`` adds to a text: a byte-level piece undone to its bytes, split UTF-8 kept as it is;
+        empty for a control token. Joined over ``encode(text)`` they are ``text`` in UTF-8 (SentencePiece's leading
+        space aside)."""
+        ...
+
     @property
     def bos(self) -> int | None:
         """The id that the model's tokenizer puts in front of every text, None where it puts none."""
