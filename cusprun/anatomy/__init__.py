@@ -1,1 +1,99 @@
-"""One short file per model family."""
+"""What a model is made of: where its heads, channels, biases and embeddings are, and which tensors are coupled.
+
+:func:`describe` reads a Hugging Face folder's config.json; one short file per family holds what differs between them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cusprun.anatomy import llama, mistral
+from cusprun.anatomy.structure import Anatomy, Coupling, Family, LayerWidths
+from cusprun.errors import InvalidRequest
+
+FAMILIES: tuple[Family, ...] = (llama.FAMILY, mistral.FAMILY)
+
+__all__ = ["FAMILIES", "Anatomy", "Coupling", "Family", "LayerWidths", "describe", "family_of", "read_config"]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json. Raises InvalidRequest where there is none or it is not a JSON object."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InvalidRequest(f"{folder} has no config.json: name a Hugging Face model folder, a hub id or a .gguf file")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InvalidRequest(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InvalidRequest(f"{path} must hold one JSON object")
+    return config
+
+
+def family_of(config: dict[str, Any]) -> Family:
+    """The family that a config.json belongs to. Raises InvalidRequest naming the families there are."""
+    model_type = config.get("model_type")
+    for family in FAMILIES:
+        if model_type in (family.name, family.per_layer_name):
+            return family
+    known = ", ".join(family.name for family in FAMILIES)
+    raise InvalidRequest(f"models of type {model_type!r} are not supported; supported families: {known}")
+
+
+def describe(folder: Path) -> Anatomy:
+    """Reads sizes and couplings of the model in ``folder`` from its config.json; no weight is touched.
+
+    Raises InvalidRequest where the family is unknown or a size is missing or impossible.
+    """
+    config = read_config(folder)
+    family = family_of(config)
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise InvalidRequest(
+            f"{folder}: hidden_act is {config['hidden_act']!r}; the gated FFN of {family.name} uses silu"
+        )
+
+    def size(key: str, default: int | None = None) -> int:
+        value = config.get(key)
+        if value is None:
+            value = default
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InvalidRequest(f"{folder}/config.json: {key} must be a positive integer, not {value!r}")
+        return value
+
+    hidden = size("hidden_size")
+    heads = size("num_attention_heads")
+    layers = size("num_hidden_layers")
+    widths = []
+    for index in range(layers):
+        per_layer = [
+            config[key][index] if isinstance(config.get(key), list) and len(config[key]) == layers else None
+            for key in ("layer_intermediate_sizes", "layer_num_attention_heads", "layer_num_key_value_heads")
+        ]
+        if config.get("model_type") == family.per_layer_name and None in per_layer:
+            raise InvalidRequest(f"{folder}/config.json: the per-layer sizes must be three lists of {layers} integers")
+        ffn, query, kv = per_layer
+        widths.append(
+            LayerWidths(
+                ffn=ffn or size("intermediate_size"),
+                heads=query or heads,
+                kv_heads=kv or size("num_key_value_heads", heads),
+            )
+        )
+    for index, layer in enumerate(widths):
+        if min(layer.ffn, layer.heads, layer.kv_heads) < 1 or layer.heads % layer.kv_heads:
+            raise InvalidRequest(
+                f"{folder}/config.json: layer {index} has {layer.heads} query heads on {layer.kv_heads} kv heads, "
+                f"{layer.ffn} channels"
+            )
+    return Anatomy(
+        family=family,
+        hidden_size=hidden,
+        head_dim=size("head_dim", hidden // heads),
+        vocab_size=size("vocab_size"),
+        layers=tuple(widths),
+        tied=bool(config.get("tie_word_embeddings", family.tied_default)),
+        attention_bias=bool(config.get("attention_bias", False)) if family.biases else False,
+        mlp_bias=bool(config.get("mlp_bias", False)) if family.biases else False,
+    )

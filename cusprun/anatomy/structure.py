@@ -1,0 +1,139 @@
+"""The words of anatomy: a family's couplings, and one model's sizes with the counts that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Unit = Literal["ffn", "heads", "kv_heads"]
+
+MIN_FFN = 32  # a layer without channels loses its attention as well in llama.cpp's per-layer architecture
+MIN_KV_HEADS = 1
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """One tensor of a decoder layer that must be sliced when units go.
+
+    ``tensor`` is its name below the layer's prefix, ``unit`` what lies along ``axis``: FFN channels one by one,
+    heads and kv heads in runs of head_dim.
+    """
+
+    tensor: str
+    unit: Unit
+    axis: int
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between model families."""
+
+    name: str  # model_type of stock transformers
+    per_layer_name: str  # model_type of the per-layer form, which needs `import cusprun`
+    config_class: str
+    model_class: str
+    couplings: tuple[Coupling, ...]
+    layer_prefix: str
+    embedding: str
+    output: str
+    final_norm: str
+    biases: bool  # attention_bias and mlp_bias exist in the config
+    tied_default: bool
+    heads_divide_hidden: bool  # stock config refuses head counts that do not divide the hidden size
+
+
+@dataclass(frozen=True)
+class LayerWidths:
+    """Units of one decoder layer: FFN channels, query heads, kv heads."""
+
+    ffn: int
+    heads: int
+    kv_heads: int
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """One model's sizes."""
+
+    family: Family
+    hidden_size: int
+    head_dim: int
+    vocab_size: int
+    layers: tuple[LayerWidths, ...]
+    tied: bool
+    attention_bias: bool
+    mlp_bias: bool
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every layer has the same widths, so that stock transformers can hold the model."""
+        return len(set(self.layers)) == 1
+
+    def prefix(self, layer: int) -> str:
+        return self.family.layer_prefix.format(layer)
+
+    def with_layers(self, layers: tuple[LayerWidths, ...]) -> Anatomy:
+        return replace(self, layers=layers)
+
+    def ffn_unit_parameters(self) -> int:
+        """Parameters that go with one FFN channel: a row of gate and up, a column of down, the biases of the rows."""
+        return 3 * self.hidden_size + (2 if self.mlp_bias else 0)
+
+    def head_unit_parameters(self, queries_per_kv: int) -> int:
+        """Parameters that go with one kv group: rows of q, k and v, columns of o, the biases of the rows."""
+        rows = (queries_per_kv + 2) * self.head_dim
+        return (
+            rows * self.hidden_size
+            + queries_per_kv * self.head_dim * self.hidden_size
+            + (rows if self.attention_bias else 0)
+        )
+
+    def layer_matrices(self, widths: LayerWidths) -> int:
+        """Weights of one layer's linear maps, each multiplied once per token."""
+        attention = 2 * (widths.heads + widths.kv_heads) * self.head_dim * self.hidden_size
+        return attention + 3 * widths.ffn * self.hidden_size
+
+    def layer_parameters(self, widths: LayerWidths) -> int:
+        biases = 0
+        if self.attention_bias:
+            biases += (widths.heads + 2 * widths.kv_heads) * self.head_dim + self.hidden_size
+        if self.mlp_bias:
+            biases += 2 * widths.ffn + self.hidden_size
+        return self.layer_matrices(widths) + biases + 2 * self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        """All parameters, embeddings counted once where they are tied."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
+        return embeddings + sum(map(self.layer_parameters, self.layers)) + self.hidden_size
+
+    @property
+    def macs_per_token(self) -> int:
+        """Multiply-accumulates of the linear maps and the output head for one token; attention over the cache not."""
+        return sum(map(self.layer_matrices, self.layers)) + self.vocab_size * self.hidden_size
+
+    def tensor_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every tensor that a checkpoint of this anatomy holds, with its shape, in file order."""
+        hidden, dim = self.hidden_size, self.head_dim
+        yield self.family.embedding, (self.vocab_size, hidden)
+        for index, widths in enumerate(self.layers):
+            prefix = self.prefix(index)
+            yield f"{prefix}input_layernorm.weight", (hidden,)
+            yield f"{prefix}post_attention_layernorm.weight", (hidden,)
+            q, kv = widths.heads * dim, widths.kv_heads * dim
+            for name, rows, columns, bias in (
+                ("self_attn.q_proj", q, hidden, self.attention_bias),
+                ("self_attn.k_proj", kv, hidden, self.attention_bias),
+                ("self_attn.v_proj", kv, hidden, self.attention_bias),
+                ("self_attn.o_proj", hidden, q, self.attention_bias),
+                ("mlp.gate_proj", widths.ffn, hidden, self.mlp_bias),
+                ("mlp.up_proj", widths.ffn, hidden, self.mlp_bias),
+                ("mlp.down_proj", hidden, widths.ffn, self.mlp_bias),
+            ):
+                yield f"{prefix}{name}.weight", (rows, columns)
+                if bias:
+                    yield f"{prefix}{name}.bias", (rows,)
+        yield self.family.final_norm, (hidden,)
+        if not self.tied:
+            yield self.family.output, (self.vocab_size, hidden)

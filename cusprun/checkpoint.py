@@ -1,0 +1,229 @@
+"""Model folders: the weights tensor by tensor from safetensors, and the classes that hold layers of different widths.
+
+Uniform layouts are stock transformers models. Per-layer ones carry three lists in config.json and load through
+``AutoModelForCausalLM`` once cusprun is imported; :func:`register_when_imported` arranges that without importing
+transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from cusprun.anatomy import FAMILIES, Anatomy, Family, read_config
+from cusprun.errors import Failed, InvalidRequest
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+# What a model folder holds beside config.json and the weights; carried from the dense model to the expert.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+class Weights:
+    """Lazy access to the tensors of a safetensors folder; a tensor is read when it is asked for and never kept."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads the headers. Raises InvalidRequest where the folder has no safetensors or a file is damaged."""
+        from safetensors import SafetensorError, safe_open
+
+        index = folder / INDEX
+        if index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise InvalidRequest(f"{index} is not a safetensors index: {error}") from error
+            if any(Path(name).name != name for name in names):
+                raise InvalidRequest(f"{index} names a file outside its folder")
+            paths = [folder / name for name in names]
+        else:
+            paths = [folder / SINGLE]
+        if missing := [path for path in paths if not path.is_file()]:
+            pickled = sorted(path.name for path in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
+            hint = f" ({', '.join(pickled)} is a pickle and is not read: convert it to safetensors)" if pickled else ""
+            raise InvalidRequest(f"{missing[0]} is missing{hint}")
+        self._files: dict[str, Any] = {}
+        for path in paths:
+            try:
+                file = safe_open(path, framework="pt")
+                self._files.update(dict.fromkeys(file.keys(), file))
+            except (SafetensorError, OSError) as error:
+                raise InvalidRequest(f"{path} is not a whole safetensors file: {error}") from error
+        self.folder = folder
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """The safetensors name of the element type: F32, F16, BF16 ..."""
+        return str(self._files[name].get_slice(name).get_dtype())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The tensor, in its stored element type. Raises Failed naming it where it is absent or not finite."""
+        import torch
+
+        if name not in self._files:
+            raise Failed(f"{self.folder} has no tensor {name}")
+        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        if not torch.isfinite(tensor).all():
+            raise Failed(f"{self.folder}: tensor {name} holds NaN or infinity")
+        return tensor
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Raises InvalidRequest naming every tensor that is missing, too much or not of the shape that config.json says."""
+        problems = []
+        expected = dict(anatomy.tensor_shapes())
+        for name, shape in expected.items():
+            if name not in self:
+                problems.append(f"tensor {name} is missing")
+            elif self.shape(name) != shape:
+                problems.append(f"tensor {name} is {list(self.shape(name))}; config.json says {list(shape)}")
+            elif self.dtype(name) not in ("F32", "F16", "BF16", "F64"):
+                problems.append(f"tensor {name} has element type {self.dtype(name)}; wanted F32, F16 or BF16")
+        ignored = {anatomy.family.output} if anatomy.tied else set()
+        for name in self:
+            if name not in expected and name not in ignored and not name.endswith("rotary_emb.inv_freq"):
+                problems.append(f"tensor {name} is not part of a {anatomy.family.name} model with this config")
+        if problems:
+            shown = [f"{self.folder}: {problem}" for problem in problems[:8]]
+            if len(problems) > 8:
+                shown.append(f"{self.folder}: and {len(problems) - 8} more tensors")
+            raise InvalidRequest.together(shown)
+
+
+def write_weights(
+    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], sizes: Mapping[str, int], shard_bytes: int = 2**30
+) -> None:
+    """Writes tensors one shard at a time, never holding more than a shard.
+
+    ``sizes`` gives each tensor's bytes in the order in which ``tensors`` yields them, so that the shards' names,
+    which count them, are known before the first is written.
+    """
+    from safetensors.torch import save_file
+
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    count = len(shards)
+    files = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    stream = iter(tensors)
+    for file, names in zip(files, shards, strict=True):
+        held = {}
+        for name in names:
+            given, tensor = next(stream)
+            if given != name:
+                raise ValueError(f"expected tensor {name}, was given {given}")
+            held[name] = tensor.contiguous()
+        save_file(held, folder / file, metadata={"format": "pt"})
+    if count > 1:
+        index = {
+            "metadata": {"total_size": sum(sizes.values())},
+            "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def expert_config(dense: dict[str, Any], anatomy: Anatomy) -> dict[str, Any]:
+    """config.json of a compacted model: stock where every layer has the same widths, per-layer otherwise.
+
+    A uniform layout whose head count the stock config would refuse (Llama wants it to divide the hidden size) is
+    written in the per-layer form, which holds it.
+    """
+    config = {key: value for key, value in dense.items() if not key.startswith("layer_")}
+    layers = anatomy.layers
+    config["head_dim"] = anatomy.head_dim
+    config["intermediate_size"] = max(layer.ffn for layer in layers)
+    config["num_attention_heads"] = max(layer.heads for layer in layers)
+    config["num_key_value_heads"] = max(layer.kv_heads for layer in layers)
+    family = anatomy.family
+    if is_stock(anatomy):
+        config["model_type"] = family.name
+        config["architectures"] = [family.model_class]
+    else:
+        config["model_type"] = family.per_layer_name
+        config["architectures"] = [per_layer_class_name(family)]
+        config["layer_intermediate_sizes"] = [layer.ffn for layer in layers]
+        config["layer_num_attention_heads"] = [layer.heads for layer in layers]
+        config["layer_num_key_value_heads"] = [layer.kv_heads for layer in layers]
+    return config
+
+
+def is_stock(anatomy: Anatomy) -> bool:
+    """Whether stock transformers can load the layout without cusprun."""
+    fits = not anatomy.family.heads_divide_hidden or anatomy.hidden_size % anatomy.layers[0].heads == 0
+    return anatomy.uniform and fits
+
+
+def per_layer_class_name(family: Family) -> str:
+    return f"Cusprun{family.model_class}"
+
+
+def load_model(folder: Path, dtype: str = "float32") -> Any:
+    """The model of a folder, dense or compacted, through AutoModelForCausalLM, on the CPU, in eval mode.
+
+    Raises Failed naming what transformers could not load.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    read_config(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise Failed(f"{folder} does not load: {error}") from error
+    return model.eval()
+
+
+def register_when_imported() -> None:
+    """Makes the per-layer model types known to transformers, at once or when its auto classes are imported."""
+    import wrapt
+
+    registering = False
+
+    def register(_: ModuleType) -> None:
+        nonlocal registering
+        if registering:  # importing a family's classes imports the auto modules again; the outer call registers
+            return
+        registering = True
+        try:
+            from transformers.models.auto.configuration_auto import AutoConfig
+            from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+            for family in FAMILIES:
+                classes = importlib.import_module(f"cusprun.anatomy.{family.name}_per_layer")
+                AutoConfig.register(family.per_layer_name, classes.PerLayerConfig, exist_ok=True)
+                AutoModelForCausalLM.register(classes.PerLayerConfig, classes.PerLayerModel, exist_ok=True)
+        finally:
+            registering = False
+
+    wrapt.register_post_import_hook(register, "transformers.models.auto.configuration_auto")
+    wrapt.register_post_import_hook(register, "transformers.models.auto.modeling_auto")
