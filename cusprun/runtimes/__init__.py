@@ -5,6 +5,7 @@ Whoever runs an artifact (proof, eval, bench, chat) asks :func:`open_runtime` an
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,9 @@ class Runtime(Protocol):
         """Token ids of ``text``. No token is added in front; with ``special`` the text of special tokens counts."""
         ...
 
-    def decode(self, tokens: Sequence[int]) -> str: ...
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of ``tokens``, special tokens included; bytes that are no UTF-8 become U+FFFD."""
+        ...
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that ``token`` adds to a text: a byte-level piece undone to its bytes, split UTF-8 kept as it is;
@@ -63,8 +66,27 @@ class Runtime(Protocol):
         """Ids that end a generation."""
         ...
 
-    def logits(self, tokens: Sequence[int]) -> np.ndarray:
-        """Next-token logits after each token, (len(tokens), n_vocab) float32, from an empty cache."""
+    @property
+    def has_chat_template(self) -> bool: ...
+
+    def logits(self, tokens: Sequence[int], *, start: int = 0) -> np.ndarray:
+        """Next-token logits after each token from position ``start`` on, (len(tokens) - start, n_vocab) float32.
+
+        The output layer is computed for these positions alone. With ``start`` 0 the cache is emptied first; else the
+        tokens before ``start`` are not computed again where the cache already holds them.
+        """
+        ...
+
+    def prefill(self, tokens: Sequence[int], *, reuse: bool = False) -> np.ndarray:
+        """Next-token logits after the last token, (n_vocab,) float32; the cache then holds ``tokens``.
+
+        The output layer is computed for the last token alone, as a prompt is in use. With ``reuse`` the part that
+        the cache already holds is not computed again.
+        """
+        ...
+
+    def step(self, token: int) -> np.ndarray:
+        """Appends one token to the cache; next-token logits, (n_vocab,) float32. One decode step."""
         ...
 
     def chat_prompt(self, messages: Sequence[Message]) -> str:
@@ -75,18 +97,31 @@ class Runtime(Protocol):
         ...
 
     def generate(self, tokens: Sequence[int], sampling: Sampling) -> Iterator[int]:
-        """Yields token ids after ``tokens`` until an end token (not yielded) or ``max_tokens``."""
+        """Yields token ids after ``tokens`` until an end token (not yielded), ``max_tokens`` or a full context."""
         ...
 
     def close(self) -> None: ...
 
 
+def default_threads() -> int:
+    """Physical cores that this process may use: more threads than that slow both runtimes down."""
+    import psutil
+
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
+
+
 def open_runtime(path: Path, *, context: int = 2048, threads: int | None = None, device: str = "cpu") -> Runtime:
     """Loads a model folder (torch) or a .gguf file (llama.cpp).
 
-    ``context`` is the most tokens one call may hold; ``threads`` defaults to the physical cores; ``device`` is
-    cpu or cuda. Raises InvalidRequest where the path is neither, Failed where the runtime cannot load it.
+    ``context`` is the most tokens one call may hold (cut to what the model was trained for); ``threads`` defaults to
+    the physical cores; ``device`` is cpu or cuda. Raises InvalidRequest where the path is neither, Failed where the
+    runtime cannot load it.
     """
+    if device not in ("cpu", "cuda"):
+        raise InvalidRequest(f"device {device!r} is unknown: write cpu or cuda")
+    if context < 1:
+        raise InvalidRequest(f"a context of {context} tokens holds nothing: write 1 or more")
     if path.is_dir() and (path / "config.json").is_file():
         from cusprun.runtimes.torch_runtime import TorchRuntime
 

@@ -1,0 +1,44 @@
+"""Renders a chat template as transformers does: a Jinja sandbox in which a template can neither write nor reach out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+from cusprun.errors import Failed
+from cusprun.runtimes import Message
+
+
+def render_chat(template: str, messages: Sequence[Message], *, bos: str = "", eos: str = "") -> str:
+    """The conversation as ``template`` writes it, with the start of the assistant's turn.
+
+    Raises Failed where the template does not parse or refuses the conversation.
+    """
+    import jinja2
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        return environment.from_string(template).render(
+            messages=turns, add_generation_prompt=True, bos_token=bos, eos_token=eos, tools=None, documents=None
+        )
+    except jinja2.TemplateError as error:
+        raise Failed(f"the model's chat template does not take this conversation: {error}") from error
+
+
+def join_turns(messages: Sequence[Message]) -> str:
+    """The conversation of a model without a chat template: contents, parted by blank lines."""
+    return "\n\n".join(message.content for message in messages) + "\n\n"
