@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -207,12 +208,14 @@ def register_when_imported() -> None:
     """Makes the per-layer model types known to transformers, at once or when its auto classes are imported."""
     import wrapt
 
+    modeling = "transformers.models.auto.modeling_auto"
     registering = False
 
     def register(_: ModuleType) -> None:
         nonlocal registering
-        if registering:  # importing a family's classes imports the auto modules again; the outer call registers
-            return
+        halfway = sys.modules.get(modeling)
+        if registering or (halfway is not None and not hasattr(halfway, "AutoModelForCausalLM")):
+            return  # these modules import one another: the call that sees them whole registers
         registering = True
         try:
             from transformers.models.auto.configuration_auto import AutoConfig
@@ -226,4 +229,4 @@ def register_when_imported() -> None:
             registering = False
 
     wrapt.register_post_import_hook(register, "transformers.models.auto.configuration_auto")
-    wrapt.register_post_import_hook(register, "transformers.models.auto.modeling_auto")
+    wrapt.register_post_import_hook(register, modeling)
