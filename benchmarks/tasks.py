@@ -1,0 +1,196 @@
+"""Multiple choice by the likelihood of each answer's text after the prompt, as lm-evaluation-harness does it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from cusprun.benchmarks.quality import losses
+from cusprun.errors import InvalidRequest
+from cusprun.progress import track
+from cusprun.runtimes import Message, Runtime, open_runtime
+from cusprun.runtimes.child import run_in_child
+
+Z_95 = 1.959963984540054  # two-sided 95 % of the normal distribution
+
+
+class Question(Protocol):
+    """What :class:`cusprun.corpora.Question` offers."""
+
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def choices(self) -> Sequence[str]: ...
+    @property
+    def answer(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class McResult:
+    """Scores over ``n`` questions, by the plain and by the length-normalised likelihood of the answers."""
+
+    n: int
+    accuracy: float  # by the sum of the answer's log-likelihood
+    accuracy_normalised: float  # by that sum per UTF-8 byte of the answer
+    interval: tuple[float, float]  # Wilson, 95 %, of accuracy
+    interval_normalised: tuple[float, float]
+    constant_answer_accuracy: float  # always the position that is right most often
+    chance: float  # mean of 1 / number of choices
+    correct: tuple[bool, ...]
+    correct_normalised: tuple[bool, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain lists and numbers."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The same questions put to two artifacts; ``difference`` is the first's accuracy minus the second's."""
+
+    difference: float
+    only_first: int  # questions that only the first got right
+    only_second: int
+    p_value: float  # McNemar's exact test, two-sided
+
+
+def multiple_choice(
+    artifact: Path,
+    questions: Sequence[Question],
+    *,
+    threads: int | None = None,
+    device: str = "cpu",
+    context: int = 2048,
+) -> McResult:
+    """Accuracy of a model folder or .gguf file.
+
+    The prompt goes through the chat template as the user's turn, and the choices are scored as the assistant's; a model
+    without a template sees the prompt, a blank and the choice. Raises InvalidRequest for a question without two choices
+    or one that is longer than the model's context, Failed where the artifact does not run.
+    """
+    check_questions(questions)
+    request: dict[str, Any] = {
+        "artifact": str(artifact),
+        "prompts": [question.prompt for question in questions],
+        "choices": [list(question.choices) for question in questions],
+        "threads": threads,
+        "device": device,
+        "context": context,
+    }
+    found = run_in_child(_score_all, **request) if artifact.suffix == ".gguf" else _score_all(**request)
+    return score(questions, found)
+
+
+def check_questions(questions: Sequence[Question]) -> None:
+    """Raises InvalidRequest that names every question which cannot be scored."""
+    problems = []
+    for index, question in enumerate(questions):
+        if len(question.choices) < 2:
+            problems.append(f"question {index} has {len(question.choices)} choices: it needs two or more")
+        elif not 0 <= question.answer < len(question.choices):
+            problems.append(f"question {index} has answer {question.answer} of {len(question.choices)} choices")
+        elif not all(choice.strip() for choice in question.choices):
+            problems.append(f"question {index} has an empty choice")
+    if not questions:
+        problems.append("there is no question to score")
+    if problems:
+        raise InvalidRequest.together(problems)
+
+
+def score(questions: Sequence[Question], likelihoods: Sequence[Sequence[float]]) -> McResult:
+    """Accuracies from the summed log-likelihood of every choice, (n, choices) nats."""
+    raw, normalised = [], []
+    for question, sums in zip(questions, likelihoods, strict=True):
+        lengths = [len(choice.encode()) for choice in question.choices]
+        raw.append(int(np.argmax(sums)) == question.answer)
+        normalised.append(int(np.argmax(np.asarray(sums) / lengths)) == question.answer)
+    n = len(questions)
+    return McResult(
+        n=n,
+        accuracy=sum(raw) / n,
+        accuracy_normalised=sum(normalised) / n,
+        interval=wilson(sum(raw), n),
+        interval_normalised=wilson(sum(normalised), n),
+        constant_answer_accuracy=max(Counter(question.answer for question in questions).values()) / n,
+        chance=sum(1 / len(question.choices) for question in questions) / n,
+        correct=tuple(raw),
+        correct_normalised=tuple(normalised),
+    )
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share (Wilson 1927)."""
+    share = successes / n
+    centre = share + Z_95**2 / (2 * n)
+    reach = Z_95 * math.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n * n))
+    scale = 1 + Z_95**2 / n
+    return max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale)
+
+
+def paired(first: Sequence[bool], second: Sequence[bool]) -> Paired:
+    """McNemar's exact test on two artifacts' answers to the same questions."""
+    if len(first) != len(second):
+        raise InvalidRequest(f"{len(first)} answers cannot be paired with {len(second)}")
+    only_first = sum(one and not other for one, other in zip(first, second, strict=True))
+    only_second = sum(other and not one for one, other in zip(first, second, strict=True))
+    discordant = only_first + only_second
+    tail = sum(math.comb(discordant, k) for k in range(min(only_first, only_second) + 1)) / 2**discordant
+    difference = (only_first - only_second) / len(first)
+    return Paired(difference, only_first, only_second, min(1.0, 2 * tail))
+
+
+def _score_all(
+    artifact: str,
+    prompts: list[str],
+    choices: list[list[str]],
+    threads: int | None,
+    device: str,
+    context: int,
+) -> list[list[float]]:
+    """The work of :func:`multiple_choice`, in whichever process; JSON in, JSON out."""
+    runtime = open_runtime(Path(artifact), context=context, threads=threads, device=device)
+    pairs = list(zip(prompts, choices, strict=True))
+    found = [
+        [likelihood(runtime, *tokens) for tokens in tokenized(runtime, prompt, options)]
+        for prompt, options in track(pairs, f"questions: {runtime.path.name}", total=len(pairs))
+    ]
+    runtime.close()
+    return found
+
+
+def tokenized(runtime: Runtime, prompt: str, choices: Sequence[str]) -> list[tuple[list[int], int]]:
+    """For every choice the tokens of prompt and choice, and where the choice begins.
+
+    Both are cut into tokens as one text: where the last token of the prompt grows into the choice, the choice begins
+    with that token.
+    """
+    if runtime.has_chat_template:
+        text, separator = runtime.chat_prompt([Message("user", prompt)]), ""
+    else:
+        text, separator = prompt, " "
+    lead = [] if runtime.bos is None else [runtime.bos]
+    alone = runtime.encode(text, special=True)
+    if alone[:1] == lead:
+        lead = []
+    found = []
+    for choice in choices:
+        whole = runtime.encode(text + separator + choice, special=True)
+        start = 0
+        while start < min(len(alone), len(whole) - 1) and alone[start] == whole[start]:
+            start += 1
+        found.append((lead + whole, len(lead) + start))
+    return found
+
+
+def likelihood(runtime: Runtime, tokens: list[int], start: int) -> float:
+    """Sum of ln p of the tokens from ``start`` on, in nats."""
+    if start == 0:
+        raise InvalidRequest("an empty prompt gives the first token nothing to be predicted from: write a prompt")
+    logits = runtime.logits(tokens[:-1], start=start - 1)  # (len(tokens) - start, n_vocab)
+    return -float(losses(logits, np.asarray(tokens[start:])).sum())
