@@ -9,10 +9,12 @@ import ctypes
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from weakref import finalize
 
 import llama_cpp
 import numpy as np
@@ -74,7 +76,8 @@ class LlamaCppRuntime:
         device: str = "cpu",
         cache_type: str = "f16",
     ) -> None:
-        self._model: Any = None
+        self._owned = ExitStack()
+        finalize(self, self._owned.close)
         self._context: Any = None
         self._batch: Any = None
         self._vocab: Any = None
@@ -95,10 +98,11 @@ class LlamaCppRuntime:
         parameters = llama_cpp.llama_model_default_params()
         parameters.n_gpu_layers = -1 if device == "cuda" else 0
         parameters.use_extra_bufts = not built_with_amx()
-        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(self.path), parameters)
-        if not self._model:
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(self.path), parameters)
+        if not model:
             raise Failed(f"llama.cpp does not load {self.path}: {logged()}")
-        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self._owned.callback(llama_cpp.llama_model_free, model)
+        self._vocab = llama_cpp.llama_model_get_vocab(model)
         n_tokens = llama_cpp.llama_vocab_n_tokens(self._vocab)
         if n_tokens != self.n_vocab:
             raise Failed(f"{self.path} has {n_tokens} tokens and {self.n_vocab} rows in token_embd.weight")
@@ -107,10 +111,12 @@ class LlamaCppRuntime:
         settings.n_batch = settings.n_ubatch = self._n_batch
         settings.n_threads = settings.n_threads_batch = threads
         settings.type_k = settings.type_v = CACHE_TYPES[cache_type]
-        self._context = llama_cpp.llama_init_from_model(self._model, settings)
+        self._context = llama_cpp.llama_init_from_model(model, settings)
         if not self._context:
             raise Failed(f"llama.cpp opens no context of {self.n_context} tokens for {self.path}: {logged()}")
+        self._owned.callback(llama_cpp.llama_free, self._context)
         self._batch = llama_cpp.llama_batch_init(self._n_batch, 0, 1)
+        self._owned.callback(llama_cpp.llama_batch_free, self._batch)
         for index in range(self._n_batch):
             self._batch.n_seq_id[index] = 1
             self._batch.seq_id[index][0] = 0
@@ -234,15 +240,5 @@ class LlamaCppRuntime:
         return generate_tokens(self, tokens, sampling)
 
     def close(self) -> None:
-        """Frees the model; calling it twice is fine."""
-        if self._batch is not None:
-            llama_cpp.llama_batch_free(self._batch)
-        if self._context:
-            llama_cpp.llama_free(self._context)
-        if self._model:
-            llama_cpp.llama_model_free(self._model)
-        self._batch = self._context = self._model = None
-
-    def __del__(self) -> None:
-        if hasattr(self, "_model"):
-            self.close()
+        """Frees the model; calling it twice is fine, calling anything else afterwards is not."""
+        self._owned.close()

@@ -1,0 +1,146 @@
+"""The tensors of a Llama-type model folder under llama.cpp's names and in its layout, one at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cusprun.anatomy import Anatomy
+from cusprun.checkpoint import Weights
+from cusprun.errors import Failed, InvalidRequest
+
+BLOCK_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+ROPE_FREQS = "rope_freqs.weight"
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor of the file to write; ``source`` is its name in the model folder, None for rope_freqs."""
+
+    name: str
+    source: str | None
+    shape: tuple[int, ...]
+    type: str  # F32, F16 or BF16
+    rotary_heads: int  # heads whose rows are put into llama.cpp's rotary order, 0 for none
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * (4 if self.type == "F32" else 2)
+
+
+def plan_tensors(anatomy: Anatomy, matrix_type: str, rope_freqs: np.ndarray | None) -> list[TensorPlan]:
+    """Every tensor in the order in which it is written: matrices in ``matrix_type``, vectors in F32."""
+    plans = [] if rope_freqs is None else [TensorPlan(ROPE_FREQS, None, rope_freqs.shape, "F32", 0)]
+    for source, shape in anatomy.tensor_shapes():
+        name, rotary_heads = _gguf_name(anatomy, source)
+        plans.append(TensorPlan(name, source, shape, matrix_type if len(shape) == 2 else "F32", rotary_heads))
+    return plans
+
+
+def _gguf_name(anatomy: Anatomy, source: str) -> tuple[str, int]:
+    """llama.cpp's name of a tensor, and the heads whose rows rotate (q and k)."""
+    stem, _, kind = source.rpartition(".")  # kind: weight or bias
+    for layer, widths in enumerate(anatomy.layers):
+        prefix = anatomy.prefix(layer)
+        if source.startswith(prefix):
+            inner = stem[len(prefix) :]
+            rotary = {"self_attn.q_proj": widths.heads, "self_attn.k_proj": widths.kv_heads}.get(inner, 0)
+            return f"blk.{layer}.{BLOCK_NAMES[inner]}.{kind}", rotary
+    family = anatomy.family
+    outer = {family.embedding: "token_embd", family.final_norm: "output_norm", family.output: "output"}
+    return f"{outer[source]}.{kind}", 0
+
+
+def read_tensors(weights: Weights, plans: list[TensorPlan], rope_freqs: np.ndarray | None) -> Iterator[np.ndarray]:
+    """Yields each planned tensor's data in its type; only one is in memory at a time.
+
+    BF16 comes as uint16. Raises Failed naming the tensor that is absent, not finite or beyond F16.
+    """
+    for plan in plans:
+        if plan.source is None:
+            assert rope_freqs is not None
+            yield rope_freqs
+            continue
+        tensor = weights[plan.source]
+        if plan.rotary_heads:
+            tensor = to_rotary_pairs(tensor, plan.rotary_heads)
+        yield _encode(tensor, plan)
+
+
+def _encode(tensor: torch.Tensor, plan: TensorPlan) -> np.ndarray:
+    if plan.type == "BF16":
+        bits: np.ndarray = tensor.to(torch.bfloat16).contiguous().view(torch.int16).numpy().view(np.uint16)
+        return bits
+    encoded = tensor.to(torch.float16 if plan.type == "F16" else torch.float32).contiguous()
+    if not torch.isfinite(encoded).all():
+        raise Failed(f"tensor {plan.source} holds values beyond {plan.type}: export it as f32")
+    values: np.ndarray = encoded.numpy()
+    return values
+
+
+def to_rotary_pairs(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Reorders the rows of q or k from transformers' rotary halves to llama.cpp's neighbouring pairs.
+
+    Row r of a head's first half and row r of its second half rotate together; llama.cpp wants them at 2r and 2r + 1.
+    Works on weights (heads * head_dim, hidden) and biases (heads * head_dim,).
+    """
+    rows = tensor.shape[0] // heads
+    return tensor.reshape(heads, 2, rows // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding as GGUF holds it; ``freqs`` are Llama 3's divisors of each pair's frequency."""
+
+    theta: float
+    linear_factor: float | None
+    freqs: np.ndarray | None  # (head_dim / 2,) float32
+
+
+def read_rope(config: dict[str, Any], head_dim: int) -> Rope:
+    """Rotary settings from config.json, in the form of transformers 4 or 5.
+
+    Raises InvalidRequest for scalings that this export does not write.
+    """
+    settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = float(settings.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    if float(settings.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise InvalidRequest("config.json has a partial_rotary_factor: llama.cpp's llama rotates whole heads only")
+    kind = settings.get("rope_type") or settings.get("type") or "default"
+    if kind == "default":
+        return Rope(theta, None, None)
+    try:
+        if kind == "linear":
+            return Rope(theta, float(settings["factor"]), None)
+        if kind == "llama3":
+            return Rope(theta, None, _llama3_divisors(settings, theta, head_dim))
+    except KeyError as error:
+        raise InvalidRequest(f"config.json has rope scaling {kind!r} without {error}") from error
+    raise InvalidRequest(f"rope scaling {kind!r} is not exported to GGUF; default, linear and llama3 are")
+
+
+def _llama3_divisors(settings: dict[str, Any], theta: float, head_dim: int) -> np.ndarray:
+    """Divisor of each pair's frequency, as transformers' ``_compute_llama3_parameters`` scales them."""
+    factor, low, high = (float(settings[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    context = float(settings["original_max_position_embeddings"])
+    frequencies = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    wavelengths = 2 * np.pi / frequencies
+    smooth = (context / wavelengths - low) / (high - low)
+    between = 1.0 / ((1.0 - smooth) / factor + smooth)
+    divisors = np.where(wavelengths < context / high, 1.0, np.where(wavelengths > context / low, factor, between))
+    return divisors.astype(np.float32)

@@ -1,0 +1,181 @@
+"""Proves that a written .gguf is the model it was made from: llama.cpp against torch, token by token.
+
+Both run in a child process, window by window, so that a crash of llama.cpp is a message and memory stays small.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cusprun.errors import Failed, InvalidRequest
+from cusprun.runtimes import Runtime, default_threads
+from cusprun.runtimes.child import run_in_child
+from cusprun.runtimes.gguf_header import load_metadata
+
+# Least top-1 agreement and largest mean KL divergence (nats) with torch in float32.
+STRICT = {"f32": (0.999, 1e-4), "f16": (0.995, 1e-3)}
+BROKEN_KLD = 2.0  # nats; rounding does not do this, wrong tensors do
+TIE = 1e-5  # relative difference of torch's own logits below which either token is its first choice
+ROWS = 32  # rows compared at a time, in float64
+HARD_STRINGS = (
+    "Hello world! The tenant's rent is 1234567.89 €, isn't it?",
+    "  two leading spaces,\ttab,\n\n\nthree newlines   and trailing spaces   ",
+    "def f(x):\n    return {'a': x ** 2, \"b\": [1, 2, 3]}  # TODO\n\n\tif x != y:\n\t\tpass",
+    "Straße, naïve, señor, élève, Ünïcödé, Ελληνικά, кириллица, 日本語のテキスト, 한국어, العربية, עברית, ไทย",
+    "emoji 🙂👩‍👩‍👧‍👦🇩🇪, zero\u200bwidth, combining e\u0301, nbsp\u00a0here, ﬁ ligature, \ufeff bom",
+    "<|im_start|>user\nhi<|im_end|>\n<|endoftext|></s><s>[INST]<|eot_id|><unk><0x0A>",
+    "I'm you're we'll they'd it's DON'T CAN'T 'tis ''quoted''",
+    "1 12 123 1234 3.14159 1e-9 0xFF ½ ² ١٢٣ 一二三",
+    "\r\nWindows\r\nlines\r\n\x0b\x0c",
+    "",
+)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How far a .gguf is from torch on the same tokens."""
+
+    quant: str
+    top1_agreement: float
+    kld_mean: float  # nats per token, torch against gguf
+    kld_max: float
+    tokens: int  # positions compared
+    tokenizer_equal: bool
+    tokenizer_difference: str | None  # the first text that the two tokenizers cut differently
+    perplexity_torch: float
+    perplexity_gguf: float
+    bytes: int
+    tensors: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def prove_gguf(
+    gguf: Path, model_dir: Path, windows: np.ndarray, *, strict: bool = True, threads: int | None = None
+) -> Proof:
+    """Compares ``gguf`` with the model folder on ``windows``, (n, window) token ids.
+
+    Raises Failed where llama.cpp crashes or refuses the file, where the result is not finite or further away than
+    rounding can bring it, and, with ``strict``, where an f32 or f16 file misses STRICT or the tokenizers differ.
+    """
+    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise InvalidRequest(f"windows must be (n, window) with window >= 2, not {windows.shape}")
+    info = load_metadata(gguf)
+    if windows.min() < 0 or windows.max() >= info.vocab_size:
+        raise InvalidRequest(f"windows hold token ids outside the vocabulary of {info.vocab_size}")
+    with tempfile.TemporaryDirectory(prefix="cusprun-proof-") as scratch:
+        saved = Path(scratch) / "windows.npy"
+        np.save(saved, windows.astype(np.int64), allow_pickle=False)
+        threads = threads or default_threads()
+        found = run_in_child(compare_on_windows, str(gguf), str(model_dir), str(saved), info.quant, threads)
+    proof = Proof(quant=info.quant, bytes=info.file_bytes, tensors=len(info.tensors), **found)
+    _judge(gguf, proof, strict)
+    return proof
+
+
+def _judge(gguf: Path, proof: Proof, strict: bool) -> None:
+    if not math.isfinite(proof.kld_mean) or proof.kld_mean > BROKEN_KLD:
+        raise Failed(
+            f"{gguf} is not the model it was made from: mean KL divergence to torch {proof.kld_mean:.3g} nats, "
+            f"perplexity {proof.perplexity_gguf:.4g} against {proof.perplexity_torch:.4g}"
+        )
+    if not strict:
+        return
+    if not proof.tokenizer_equal:
+        raise Failed(f"{gguf} cuts this text into other tokens than the model folder: {proof.tokenizer_difference}")
+    if proof.quant in STRICT:
+        least, largest = STRICT[proof.quant]
+        if proof.top1_agreement < least or proof.kld_mean > largest:
+            raise Failed(
+                f"{gguf} does not reproduce torch: top-1 agreement {proof.top1_agreement:.5f} (wanted {least}), "
+                f"mean KL {proof.kld_mean:.3g} nats (wanted at most {largest}) on {proof.tokens} tokens"
+            )
+
+
+def compare_on_windows(gguf: str, model_dir: str, windows: str, quant: str, threads: int) -> dict[str, Any]:
+    """What :class:`Proof` holds of the comparison; runs in the child process."""
+    from cusprun.runtimes.llamacpp import LlamaCppRuntime
+    from cusprun.runtimes.torch_runtime import TorchRuntime
+
+    batches = np.load(windows, allow_pickle=False)
+    length = batches.shape[1]
+    # An f32 file is compared with an f32 cache: the file is proved, not the cache's rounding.
+    cache = "f32" if quant == "f32" else "f16"
+    candidate = LlamaCppRuntime(Path(gguf), context=length, threads=threads, cache_type=cache)
+    reference = TorchRuntime(Path(model_dir), context=length, threads=threads)
+    if candidate.n_vocab != reference.n_vocab:
+        raise Failed(f"{gguf} has {candidate.n_vocab} tokens and {model_dir} {reference.n_vocab}")
+    if length > min(candidate.n_context, reference.n_context):
+        raise InvalidRequest(f"windows of {length} tokens do not fit the model's context of {candidate.n_context}")
+    divergences: list[np.ndarray] = []
+    agreed = 0
+    losses = np.zeros(2)
+    for batch in batches.tolist():
+        wanted, got = reference.logits(batch), candidate.logits(batch)
+        for first in range(0, length, ROWS):
+            rows = slice(first, first + ROWS)
+            targets = np.array(batch[first + 1 : first + ROWS + 1], dtype=np.int64)
+            kld, same, nll = compare_logits(wanted[rows], got[rows], targets)
+            divergences.append(kld)
+            agreed += int(same.sum())
+            losses += nll
+    kld = np.concatenate(divergences)
+    perplexities = np.exp(losses / (batches.shape[0] * (length - 1)))
+    difference = tokenizer_difference(reference, candidate, [*HARD_STRINGS, reference.decode(batches[0].tolist())])
+    return {
+        "top1_agreement": agreed / kld.size,
+        "kld_mean": float(kld.mean()),
+        "kld_max": float(kld.max()),
+        "tokens": int(kld.size),
+        "tokenizer_equal": difference is None,
+        "tokenizer_difference": difference,
+        "perplexity_torch": float(perplexities[0]),
+        "perplexity_gguf": float(perplexities[1]),
+    }
+
+
+def compare_logits(
+    wanted: np.ndarray, got: np.ndarray, targets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """KL divergence (rows,), whether the first choice agrees (rows,), and the summed loss of both on ``targets``.
+
+    ``wanted`` and ``got`` are logits (rows, n_vocab); ``targets`` the next tokens of the first rows. The first choice
+    agrees as well where ``got`` chooses a token that ``wanted`` rates like its own first, up to rounding.
+    """
+    log_p, log_q = _log_softmax(wanted), _log_softmax(got)
+    kld = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+    index = np.arange(len(wanted))
+    best = wanted.max(axis=-1)
+    chosen = wanted[index, got.argmax(axis=-1)]
+    same = best - chosen <= TIE * np.maximum(1.0, np.abs(best))
+    known = index[: len(targets)]
+    nll = np.array([-log_p[known, targets].sum(), -log_q[known, targets].sum()])
+    return kld, same, nll
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    normal: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return normal
+
+
+def tokenizer_difference(reference: Runtime, candidate: Runtime, texts: list[str]) -> str | None:
+    """The first of ``texts`` that the two cut differently, with what they make of it; None where there is none."""
+    if reference.bos != candidate.bos:
+        return f"token in front: {reference.bos} in torch, {candidate.bos} in the file"
+    for text in texts:
+        for special in (False, True):
+            wanted, got = reference.encode(text, special=special), candidate.encode(text, special=special)
+            if wanted != got:
+                at = next((i for i, (w, g) in enumerate(zip(wanted, got, strict=False)) if w != g), 0)
+                return (
+                    f"{text[:80]!r}: from token {at} on {wanted[at : at + 6]} in torch, {got[at : at + 6]} in the file"
+                )
+    return None
