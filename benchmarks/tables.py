@@ -1,0 +1,266 @@
+"""Figures as tables: on a terminal through rich, as plain text elsewhere, as Markdown in report.md.
+
+ExecuTorch's layout: one row for each artifact, dense first, and a row of ratios under them. Readable at 80 columns.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table before it is drawn: headers (a line break where a narrow one breaks), rows of text, a note below."""
+
+    title: str
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+def bench_table(rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, Any] | None = None) -> Grid:
+    """``rows`` as BenchRow.as_json() gives them, dense last; ``ratios`` of the first to the last adds a row."""
+    headers = ("", "decode\ntok/s", "TTFT\nms", "prefill\ntok/s", "load\ns", "file\nMiB", "peak RSS\nMiB", "params\nM",
+               "MACs\nM/tok")  # fmt: skip
+    names = ("expert", "dense") if ratios is not None and len(rows) == 2 else tuple(map(_name, rows))
+    lines: list[tuple[str, ...]] = [
+        (
+            name,
+            _spread(row["decode_tps"]),
+            f"{row['ttft_ms']:.0f}" if row["ttft_ms"] >= 100 else f"{row['ttft_ms']:.1f}",
+            _spread(row["prefill_tps"]),
+            f"{row['load_s']:.2f}",
+            _mib(row["file_bytes"]),
+            _mib(row["peak_rss_bytes"]),
+            _millions(row["parameters"]),
+            _millions(row["macs_per_token"]),
+        )
+        for name, row in zip(names, rows, strict=True)
+    ][::-1]
+    note = ""
+    if rows:
+        first = rows[0]
+        note = (
+            f"pp{first['prefill_tokens']} / tg{first['decode_tokens']}, mean ± sd of {first['decode_tps']['n']}, "
+            f"{first['threads']} threads, {first['runtime']}, {first['quant']}"
+        )
+    if ratios is not None:
+        keys = ("decode_tps", "ttft_ms", "prefill_tps", "load_s", "file_bytes", "peak_rss_bytes", "parameters",
+                "macs_per_token")  # fmt: skip
+        lines.append(("ratio", *(_times(_any_ratio(ratios[key])) for key in keys)))
+        note += (
+            f"; of the cut in bytes {ratios['decode_yield']['median_of_pairs']:.0%} arrives in decode, of the cut in "
+            f"MACs {ratios['prefill_yield']['median_of_pairs']:.0%} in prefill"
+        )
+    return Grid("Speed and size", headers, tuple(lines), note)
+
+
+def quality_table(corpora: Mapping[str, Mapping[str, Any]]) -> Grid:
+    """``corpora``: name -> {"expert": Quality, "dense": Quality} as in report.json; dense may be missing."""
+    headers = ("text", "tokens", "perplexity\ndense", "perplexity\nexpert", "ratio", "bits/byte\ndense",
+               "bits/byte\nexpert", "ratio", "KL\nnats", "same\ntop-1")  # fmt: skip
+    lines = []
+    for name, entry in corpora.items():
+        expert, dense, ratios = entry["expert"], entry.get("dense"), entry.get("ratios")
+        lines.append(
+            (
+                name,
+                str(expert["tokens"]),
+                _perplexity(dense),
+                _perplexity(expert),
+                _times(ratios["perplexity"]) if ratios else "",
+                f"{dense['bits_per_byte']:.3f}" if dense else "",
+                f"{expert['bits_per_byte']:.3f}",
+                _times(ratios["bits_per_byte"]) if ratios else "",
+                "" if expert["kld_mean"] is None else f"{expert['kld_mean']:.3g}",
+                "" if expert["top1_agreement"] is None else f"{expert['top1_agreement']:.1%}",
+            )
+        )
+    context = next((entry["expert"]["context"] for entry in corpora.values()), 0)
+    return Grid("Quality on held-out text", headers, tuple(lines), f"windows of {context} tokens, perplexity ± stderr")
+
+
+def tasks_table(sets: Mapping[str, Mapping[str, Any]]) -> Grid:
+    """``sets``: name -> {"expert": McResult, "dense": McResult, "paired": ...} as in report.json."""
+    headers = ("questions", "n", "answers", "dense [95 %]", "expert [95 %]", "p", "constant\nanswer", "chance")
+    lines = []
+    for name, entry in sets.items():
+        expert, dense = entry["expert"], entry["dense"]
+        for suffix, how in (("", "plain"), ("_normalised", "per byte")):
+            lines.append(
+                (
+                    name if not suffix else "",
+                    str(expert["n"]) if not suffix else "",
+                    how,
+                    _accuracy(dense, suffix),
+                    _accuracy(expert, suffix),
+                    f"{entry['paired' + suffix]['p_value']:.2f}",
+                    f"{expert['constant_answer_accuracy']:.1%}",
+                    f"{expert['chance']:.1%}",
+                )
+            )
+    return Grid("Answers", headers, tuple(lines), "p: McNemar's exact test, expert against dense")
+
+
+def report_tables(report: Mapping[str, Any]) -> list[Grid]:
+    """The tables of a whole report; a section that was not measured has none."""
+    speed = report["speed"]
+    grids = [bench_table([speed["expert"], speed["dense"]], speed["ratios"])]
+    if report["quality"]["corpora"]:
+        grids.append(quality_table(report["quality"]["corpora"]))
+    if report["tasks"]["sets"]:
+        grids.append(tasks_table(report["tasks"]["sets"]))
+    return grids
+
+
+def render_table(report: Mapping[str, Any]) -> str:
+    """All tables of a report as plain text."""
+    return "\n".join(as_text(grid) for grid in report_tables(report))
+
+
+def as_rich(grid: Grid) -> Table:
+    """For a terminal."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=grid.title,
+        caption=grid.note or None,
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        title_justify="left",
+        caption_justify="left",
+    )
+    for index, header in enumerate(grid.headers):
+        table.add_column(header, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in grid.rows:
+        table.add_row(*row, style="bold" if row[0] == "ratio" else None)
+    return table
+
+
+def as_text(grid: Grid, width: int = 100) -> str:
+    """The same without colours, for a file or a pipe."""
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False, emoji=False, markup=False)
+    console.print(as_rich(grid))
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+
+
+def print_tables(grids: Sequence[Grid]) -> None:
+    """To stdout, drawn for what stdout is."""
+    import sys
+
+    from rich.console import Console
+
+    if sys.stdout.isatty():
+        console = Console()
+        for grid in grids:
+            console.print(as_rich(grid))
+    else:
+        for grid in grids:
+            print(as_text(grid))
+
+
+def as_markdown(grid: Grid) -> str:
+    """A GitHub table under a heading."""
+    lines = [f"## {grid.title}", ""]
+    lines.append("| " + " | ".join(header.replace("\n", " ") for header in grid.headers) + " |")
+    lines.append("|" + "|".join(":--" if index == 0 else "--:" for index in range(len(grid.headers))) + "|")
+    lines.extend("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in grid.rows)
+    return "\n".join([*lines, "", grid.note, ""])
+
+
+def render_markdown(report: Mapping[str, Any]) -> str:
+    """report.md: the tables, how they were measured, widths, text used, proofs, stages."""
+    machine = report["environment"]
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    parts = [
+        "# Report",
+        "",
+        f"Scenario: {_pairs(report['scenario'])}. Method: {_pairs(report['method'])}.",
+        f"Measured {report['measured_at']} on {machine['cpu']} ({machine['physical_cores']} cores), "
+        f"{machine['threads']} threads, {machine['system']}; {versions}.",
+        "",
+        *map(as_markdown, report_tables(report)),
+        "How speed was measured: " + report["speed"]["how"] + ".",
+        "",
+        "How quality was measured: " + report["quality"]["how"] + ".",
+        "",
+        "How answers were scored: " + report["tasks"]["how"] + ".",
+        "",
+    ]
+    for title, rows in (
+        ("Widths", [_widths(layer) for layer in report["layers"]]),
+        ("Text", report["corpora"]),
+        ("Files proved against torch", report["proofs"]),
+        ("Stages", [{"stage": name, "seconds": f"{seconds:.1f}"} for name, seconds in report["stages"].items()]),
+    ):
+        if rows:
+            headers = tuple(dict.fromkeys(key for row in rows for key in row))
+            cells = tuple(tuple(_cell(row.get(header)) for header in headers) for row in rows)
+            parts.append(as_markdown(Grid(title, headers, cells)))
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    name = str(row["artifact"]).rstrip("/").rsplit("/", 1)[-1]
+    return name if len(name) <= 20 else f"{name[:9]}…{name[-10:]}"
+
+
+def _widths(layer: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = {kind: f"{layer[kind]['before']} → {layer[kind]['after']}" for kind in ("ffn", "heads", "kv_heads")}
+    return {"layer": layer["layer"], **kinds}
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None) or "any"
+
+
+def _spread(spread: Mapping[str, float]) -> str:
+    return f"{spread['mean']:.1f} ± {spread['sd']:.1f}" if spread["mean"] < 1000 else (
+        f"{spread['mean']:.0f} ± {spread['sd']:.0f}"
+    )  # fmt: skip
+
+
+def _mib(value: float) -> str:
+    return f"{value / MIB:.1f}" if value >= MIB else f"{value / MIB:.3f}"
+
+
+def _millions(value: float) -> str:
+    return f"{value / 1e6:.1f}" if value >= 1e6 else f"{value / 1e6:.3f}"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.3f}×"
+
+
+def _any_ratio(ratio: Mapping[str, float]) -> float:
+    return ratio["exact"] if "exact" in ratio else ratio["median_of_pairs"]
+
+
+def _perplexity(quality: Mapping[str, float] | None) -> str:
+    if quality is None:
+        return ""
+    return f"{quality['perplexity']:.2f} ± {quality['perplexity_stderr']:.2f}"
+
+
+def _accuracy(result: Mapping[str, Any], suffix: str) -> str:
+    low, high = result["interval" + suffix]
+    return f"{result['accuracy' + suffix]:.1%} [{low:.0%}, {high:.0%}]"
