@@ -106,9 +106,8 @@ def compare_on_windows(gguf: str, model_dir: str, windows: str, quant: str, thre
 
     batches = np.load(windows, allow_pickle=False)
     length = batches.shape[1]
-    # An f32 file is compared with an f32 cache: the file is proved, not the cache's rounding.
-    cache = "f32" if quant == "f32" else "f16"
-    candidate = LlamaCppRuntime(Path(gguf), context=length, threads=threads, cache_type=cache)
+    # An f32 file is run in float32 throughout: the file is proved, not the rounding of flash attention.
+    candidate = LlamaCppRuntime(Path(gguf), context=length, threads=threads, exact=quant == "f32")
     reference = TorchRuntime(Path(model_dir), context=length, threads=threads)
     if candidate.n_vocab != reference.n_vocab:
         raise Failed(f"{gguf} has {candidate.n_vocab} tokens and {model_dir} {reference.n_vocab}")

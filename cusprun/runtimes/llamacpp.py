@@ -28,7 +28,8 @@ from cusprun.runtimes.gguf_header import GgufInfo, load_metadata
 __all__ = ["GgufInfo", "LlamaCppRuntime", "load_metadata", "logged"]
 
 BATCH = 512  # tokens per call of llama_decode, llama.cpp's own ubatch
-CACHE_TYPES = {"f32": 0, "f16": 1}  # ggml_type of the key-value cache
+GGML_TYPE_F32 = 0
+FLASH_ATTENTION_OFF = 0
 
 _log: deque[str] = deque(maxlen=50)
 
@@ -64,7 +65,8 @@ def logged() -> str:
 class LlamaCppRuntime:
     """Runs a .gguf file; see :class:`cusprun.runtimes.Runtime` for what each method promises.
 
-    ``cache_type`` is the type of the key-value cache: f16 as llama.cpp ships, f32 to compare with torch exactly.
+    ``exact`` computes attention in float32 (f32 cache, no flash attention, whose CPU kernel rounds to f16): slower,
+    and what a file must be compared with torch by. Without it everything is as llama.cpp ships.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class LlamaCppRuntime:
         context: int = 2048,
         threads: int | None = None,
         device: str = "cpu",
-        cache_type: str = "f16",
+        exact: bool = False,
     ) -> None:
         self._owned = ExitStack()
         finalize(self, self._owned.close)
@@ -92,9 +94,9 @@ class LlamaCppRuntime:
         self._cached: list[int] = []
         quiet()
         llama_cpp.llama_backend_init()
-        self._open(device, threads or default_threads(), cache_type)
+        self._open(device, threads or default_threads(), exact)
 
-    def _open(self, device: str, threads: int, cache_type: str) -> None:
+    def _open(self, device: str, threads: int, exact: bool) -> None:
         parameters = llama_cpp.llama_model_default_params()
         parameters.n_gpu_layers = -1 if device == "cuda" else 0
         parameters.use_extra_bufts = not built_with_amx()
@@ -110,7 +112,9 @@ class LlamaCppRuntime:
         settings.n_ctx = self.n_context
         settings.n_batch = settings.n_ubatch = self._n_batch
         settings.n_threads = settings.n_threads_batch = threads
-        settings.type_k = settings.type_v = CACHE_TYPES[cache_type]
+        if exact:
+            settings.type_k = settings.type_v = GGML_TYPE_F32
+            settings.flash_attn_type = FLASH_ATTENTION_OFF
         self._context = llama_cpp.llama_init_from_model(model, settings)
         if not self._context:
             raise Failed(f"llama.cpp opens no context of {self.n_context} tokens for {self.path}: {logged()}")
@@ -222,10 +226,11 @@ class LlamaCppRuntime:
             batch.token[index] = token
             batch.pos[index] = len(self._cached) + index
             batch.logits[index] = index >= len(tokens) - rows
+        held, self._cached = self._cached, []  # an interrupt in the middle leaves a cache that nothing trusts
         code = llama_cpp.llama_decode(self._context, batch)
         if code != 0:
             raise Failed(f"llama.cpp does not run {self.path} on {len(tokens)} tokens (code {code}): {logged()}")
-        self._cached.extend(tokens)
+        self._cached = [*held, *tokens]
 
     def chat_prompt(self, messages: Sequence[Message]) -> str:
         template = self.info.metadata.get("tokenizer.chat_template")

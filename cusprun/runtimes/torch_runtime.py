@@ -119,8 +119,9 @@ class TorchRuntime:
         wrong = [token for token in tokens if not 0 <= token < self.n_vocab]
         if wrong:
             raise InvalidRequest(f"token id {wrong[0]} is outside the vocabulary of {self.n_vocab}")
+        held, self._cached = self._cached, []  # an interrupt in the middle leaves a cache that nothing trusts
         output = self._model(self._ids(tokens), past_key_values=self._cache, use_cache=True, logits_to_keep=rows)
-        self._cached.extend(tokens)
+        self._cached = [*held, *tokens]
         found: np.ndarray = output.logits[0].float().cpu().numpy()
         return found
 
