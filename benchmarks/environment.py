@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -14,7 +15,10 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def environment() -> dict[str, Any]:
-    """CPU name and cores, memory in bytes, system, Python and package versions; no heavy import."""
+    """CPU name and cores, memory in bytes, system, Python and package versions; no heavy import.
+
+    ``load_average`` is the number of busy processes over the last minute: what ran beside the measurement shows there.
+    """
     import psutil
 
     return {
@@ -22,6 +26,7 @@ def environment() -> dict[str, Any]:
         "physical_cores": psutil.cpu_count(logical=False),
         "logical_cores": psutil.cpu_count(logical=True),
         "memory_bytes": psutil.virtual_memory().total,
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {package: found for package in PACKAGES if (found := _version(package)) is not None},

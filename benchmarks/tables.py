@@ -44,7 +44,8 @@ def bench_table(rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, Any] | N
             _millions(row["macs_per_token"]),
         )
         for name, row in zip(names, rows, strict=True)
-    ][::-1]
+    ]
+    lines.reverse()
     note = ""
     if rows:
         first = rows[0]
