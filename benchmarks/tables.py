@@ -28,7 +28,7 @@ class Grid:
 
 def bench_table(rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, Any] | None = None) -> Grid:
     """``rows`` as BenchRow.as_json() gives them, dense last; ``ratios`` of the first to the last adds a row."""
-    headers = ("", "decode\ntok/s", "TTFT\nms", "prefill\ntok/s", "load\ns", "file\nMiB", "peak RSS\nMiB", "params\nM",
+    headers = ("", "decode\ntok/s", "TTFT\nms", "prefill\ntok/s", "load\ns", "file\nMiB", "RSS\nMiB", "params\nM",
                "MACs\nM/tok")  # fmt: skip
     names = ("expert", "dense") if ratios is not None and len(rows) == 2 else tuple(map(_name, rows))
     lines: list[tuple[str, ...]] = [
@@ -51,7 +51,7 @@ def bench_table(rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, Any] | N
         first = rows[0]
         note = (
             f"pp{first['prefill_tokens']} / tg{first['decode_tokens']}, mean ± sd of {first['decode_tps']['n']}, "
-            f"{first['threads']} threads, {first['runtime']}, {first['quant']}"
+            f"{first['threads']} threads, {first['runtime']}, {first['quant']}; RSS: peak of the process"
         )
     if ratios is not None:
         keys = ("decode_tps", "ttft_ms", "prefill_tps", "load_s", "file_bytes", "peak_rss_bytes", "parameters",
@@ -66,27 +66,28 @@ def bench_table(rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, Any] | N
 
 def quality_table(corpora: Mapping[str, Mapping[str, Any]]) -> Grid:
     """``corpora``: name -> {"expert": Quality, "dense": Quality} as in report.json; dense may be missing."""
-    headers = ("text", "tokens", "perplexity\ndense", "perplexity\nexpert", "ratio", "bits/byte\ndense",
-               "bits/byte\nexpert", "ratio", "KL\nnats", "same\ntop-1")  # fmt: skip
-    lines = []
+    headers = ("text", "", "perplexity", "bits/byte", "KL nats", "same top-1", "tokens")
+    lines: list[tuple[str, ...]] = []
     for name, entry in corpora.items():
-        expert, dense, ratios = entry["expert"], entry.get("dense"), entry.get("ratios")
-        lines.append(
-            (
-                name,
-                str(expert["tokens"]),
-                _perplexity(dense),
-                _perplexity(expert),
-                _times(ratios["perplexity"]) if ratios else "",
-                f"{dense['bits_per_byte']:.3f}" if dense else "",
-                f"{expert['bits_per_byte']:.3f}",
-                _times(ratios["bits_per_byte"]) if ratios else "",
-                "" if expert["kld_mean"] is None else f"{expert['kld_mean']:.3g}",
-                "" if expert["top1_agreement"] is None else f"{expert['top1_agreement']:.1%}",
+        shown = {who: entry[who] for who in ("dense", "expert") if who in entry}
+        for index, (who, quality) in enumerate(shown.items()):
+            lines.append(
+                (
+                    "" if index else name,
+                    who if len(shown) > 1 else "",
+                    f"{quality['perplexity']:.2f} ± {quality['perplexity_stderr']:.2f}",
+                    f"{quality['bits_per_byte']:.4f}",
+                    "" if quality["kld_mean"] is None else f"{quality['kld_mean']:.4f}",
+                    "" if quality["top1_agreement"] is None else f"{quality['top1_agreement']:.1%}",
+                    str(quality["tokens"]),
+                )
             )
-        )
+        if "ratios" in entry:
+            ratios = entry["ratios"]
+            lines.append(("", "ratio", _times(ratios["perplexity"]), _times(ratios["bits_per_byte"]), "", "", ""))
     context = next((entry["expert"]["context"] for entry in corpora.values()), 0)
-    return Grid("Quality on held-out text", headers, tuple(lines), f"windows of {context} tokens, perplexity ± stderr")
+    note = f"windows of {context} tokens; perplexity ± standard error; KL and top-1 against dense"
+    return Grid("Quality on held-out text", headers, tuple(lines), note)
 
 
 def tasks_table(sets: Mapping[str, Mapping[str, Any]]) -> Grid:
@@ -142,9 +143,9 @@ def as_rich(grid: Grid) -> Table:
         caption_justify="left",
     )
     for index, header in enumerate(grid.headers):
-        table.add_column(header, justify="left" if index == 0 else "right", no_wrap=True)
+        table.add_column(header, justify="left" if index == 0 or not header else "right", no_wrap=True)
     for row in grid.rows:
-        table.add_row(*row, style="bold" if row[0] == "ratio" else None)
+        table.add_row(*row, style="bold" if "ratio" in row[:2] else None)
     return table
 
 
@@ -254,12 +255,6 @@ def _times(ratio: float) -> str:
 
 def _any_ratio(ratio: Mapping[str, float]) -> float:
     return ratio["exact"] if "exact" in ratio else ratio["median_of_pairs"]
-
-
-def _perplexity(quality: Mapping[str, float] | None) -> str:
-    if quality is None:
-        return ""
-    return f"{quality['perplexity']:.2f} ± {quality['perplexity_stderr']:.2f}"
 
 
 def _accuracy(result: Mapping[str, Any], suffix: str) -> str:

@@ -1,4 +1,4 @@
-"""Tiny artifacts that every test of this room runs: a folder, the same as .gguf, and another model of the same shape."""
+"""Tiny artifacts that the tests of this room run: a folder, the same as .gguf, and another model of its shape."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import pytest
 from cusprun.exporters.gguf import export_gguf
 from tests import pico
 
-UNICODE = "Straße, naïve, señor; 日本語のテキスト, 한국어, العربية, ไทย, 🙂👩‍👩‍👧‍👦🇩🇪, e\u0301, zero\u200bwidth, ½²\n\n\ttab."
+UNICODE = (
+    "Straße, naïve, señor; 日本語のテキスト, 한국어, العربية, ไทย, 🙂👩‍👩‍👧‍👦🇩🇪,"
+    " e\u0301, zero\u200bwidth, ½²\n\n\ttab."
+)
+)
 
 
 @pytest.fixture(scope="session")

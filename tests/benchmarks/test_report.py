@@ -1,0 +1,113 @@
+"""The report: complete, plain JSON, and readable at 80 to 100 columns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cusprun.anatomy import LayerWidths
+from cusprun.benchmarks.quality import Quality, QualityPair
+from cusprun.benchmarks.report import UNITS, build_report, figures, write_report
+from cusprun.benchmarks.tables import as_text, bench_table, quality_table, render_markdown, render_table
+from cusprun.benchmarks.tasks import score
+from cusprun.errors import InvalidRequest
+from tests.benchmarks.test_speed import row
+from tests.benchmarks.test_tasks import Item
+
+
+def quality(perplexity: float, compared: bool) -> Quality:
+    return Quality(perplexity, 0.41, 0.9, 25_500, 0.123 if compared else None, 0.81 if compared else None, 512)
+
+
+@pytest.fixture
+def parts() -> dict[str, Any]:
+    items = [Item("p", ("a", "b"), answer) for answer in (0, 0, 1)]
+    right, wrong = [[0.0, -1.0], [0.0, -1.0], [-1.0, 0.0]], [[0.0, -1.0], [-1.0, 0.0], [0.0, -1.0]]
+    return {
+        "scenario": {"language": "en", "domain": "legal", "task": None},
+        "method": {"name": "refit", "ratio": 0.25},
+        "before": [LayerWidths(1536, 9, 3)] * 2,
+        "after": [LayerWidths(1024, 9, 3), LayerWidths(768, 6, 2)],
+        "speed": [row("expert.gguf", [151.2, 149.0], 107_000_000), row("dense.gguf", [118.0, 121.0], 144_811_072)],
+        "quality": {name: QualityPair(quality(24.1, True), quality(20.0, False)) for name in ("scenario", "general")},
+        "tasks": {"en legal": (score(items, wrong), score(items, right))},
+        "corpora": [{"entry": "scancode", "side": "held-out", "tokens": 25_500, "licence": "various"}],
+        "stages": {"statistics": 61.23, "export": 4.0},
+        "proofs": [{"path": "expert-q8_0.gguf", "top1_agreement": 0.99, "kld_mean": 0.002}],
+    }
+
+
+def test_report_holds_everything(parts: dict[str, Any], tmp_path: Path) -> None:
+    report = build_report(**parts)
+    write_report(tmp_path / "report", report)
+    assert json.loads((tmp_path / "report" / "report.json").read_text()) == report
+    assert report["schema_version"] == 1
+    assert report["layers"][1] == {
+        "layer": 1,
+        "ffn": {"before": 1536, "after": 768},
+        "heads": {"before": 9, "after": 6},
+        "kv_heads": {"before": 3, "after": 2},
+    }
+    assert report["speed"]["ratios"]["file_bytes"]["exact"] == pytest.approx(0.739, abs=1e-3)
+    assert report["quality"]["corpora"]["general"]["ratios"]["perplexity"] == pytest.approx(1.205)
+    assert report["tasks"]["sets"]["en legal"]["paired"]["only_second"] == 2
+    environment = report["environment"]
+    assert environment["cpu"]
+    assert environment["versions"]["cusprun"]
+    assert "2 threads" in report["speed"]["how"]
+    assert "llama-perplexity" in report["quality"]["how"]
+    assert UNITS["decode_tps"] == "tokens/s"
+
+
+def test_figures_for_expert_json(parts: dict[str, Any]) -> None:
+    found = figures(build_report(**parts))
+    assert found["file_bytes"]["ratio"] == pytest.approx(0.739, abs=1e-3)
+    assert found["decode_tps"]["expert"]["n"] == 2
+    assert found["tasks"]["en legal"]["dense"]["accuracy"] == 1
+    assert all("unit" in value for key, value in found.items() if key not in ("quality", "tasks"))
+
+
+def test_table_fits_and_shows_every_figure(parts: dict[str, Any]) -> None:
+    text = render_table(build_report(**parts))
+    assert max(map(len, text.splitlines())) <= 88
+    for shown in ("dense", "expert", "ratio", "138.1", "0.739×", "1.205×", "24.10 ± 0.41", "81.0%", "66.7%", "50.0%"):
+        assert shown in text, shown
+    assert "…" not in text
+
+
+def test_speed_table_fits_80_columns(parts: dict[str, Any]) -> None:
+    speed = build_report(**parts)["speed"]
+    text = as_text(bench_table([speed["expert"], speed["dense"]], speed["ratios"]), width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+
+
+def test_bench_of_one_file_has_its_name(parts: dict[str, Any]) -> None:
+    text = as_text(bench_table([parts["speed"][0].as_json()]))
+    assert "expert.gguf" in text
+    assert "ratio" not in text
+
+
+def test_quality_without_dense() -> None:
+    text = as_text(quality_table({"text": {"expert": {**quality(24.1, False).__dict__}}}))
+    assert "24.10 ± 0.41" in text
+
+
+def test_markdown(parts: dict[str, Any]) -> None:
+    text = render_markdown(build_report(**parts))
+    for heading in ("Speed and size", "Quality on held-out text", "Answers", "Widths", "Text", "Stages"):
+        assert f"## {heading}\n" in text
+    assert "1536 → 768" in text
+    tables = [block for block in text.split("\n\n") if block.startswith("|")]
+    for table in tables:
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_what_is_no_report_is_said(parts: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="got 1 rows, 2 layers before and 2 after"):
+        build_report(**{**parts, "speed": parts["speed"][:1]})
+    with pytest.raises(InvalidRequest, match="finite numbers"):
+        build_report(**{**parts, "stages": {"statistics": float("nan")}})
