@@ -10,9 +10,7 @@ from cusprun.exporters.gguf import export_gguf
 from tests import pico
 
 UNICODE = (
-    "Straße, naïve, señor; 日本語のテキスト, 한국어, العربية, ไทย, 🙂👩‍👩‍👧‍👦🇩🇪,"
-    " e\u0301, zero\u200bwidth, ½²\n\n\ttab."
-)
+    "Straße, naïve, señor; 日本語のテキスト, 한국어, العربية, ไทย, 🙂👩‍👩‍👧‍👦🇩🇪, e\u0301, zero\u200bwidth, ½²\n\n\ttab."
 )
 
 
