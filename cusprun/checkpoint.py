@@ -95,7 +95,7 @@ class Weights:
         return tensor
 
     def check(self, anatomy: Anatomy) -> None:
-        """Raises InvalidRequest naming every tensor that is missing, too much or not of the shape that config.json says."""
+        """Raises InvalidRequest naming each tensor that is missing, too much or not of the shape config.json says."""
         problems = []
         expected = dict(anatomy.tensor_shapes())
         for name, shape in expected.items():

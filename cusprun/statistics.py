@@ -1,0 +1,254 @@
+"""The layer-by-layer pass: windows of text go in, second moments of the inputs of down_proj and o_proj come out.
+
+Each token's inputs are divided by the norm of the layer's output at that token, so that a moment times the weights that
+read it is a relative change: without that a few tokens with massive activations decide every sum.
+One decoder layer's weights are held at a time and the hidden states are carried from layer to layer, so memory does
+not grow with depth. Moments are sums with counts: those of two shards of text add up to those of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cusprun.anatomy import Anatomy
+from cusprun.checkpoint import Weights
+from cusprun.errors import Failed, InvalidRequest
+from cusprun.files import written_whole
+from cusprun.progress import track
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over tokens of a vector x and of its products, within blocks of neighbouring entries.
+
+    ``first`` is Σ x, (n,); ``second`` is Σ x xᵀ, (blocks, n/blocks, n/blocks): blocks = n keeps the diagonal only,
+    blocks = 1 the whole matrix. Both float64.
+    """
+
+    count: float
+    first: torch.Tensor
+    second: torch.Tensor
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.count + other.count, self.first + other.first, self.second + other.second)
+
+    @classmethod
+    def of(cls, x: torch.Tensor, blocks: int) -> Moments:
+        """Moments of the rows of ``x``, (tokens, n). Products are formed in float32, sums over calls in float64."""
+        tokens, n = x.shape
+        if blocks == n:
+            second = x.square().sum(0, dtype=_float64()).reshape(n, 1, 1)
+        else:
+            pieces = x.reshape(tokens, blocks, n // blocks).transpose(0, 1)  # (blocks, tokens, n/blocks)
+            second = (pieces.transpose(1, 2) @ pieces).double()
+        return cls(tokens, x.sum(0, dtype=_float64()).cpu(), second.cpu())
+
+    def diagonal(self) -> torch.Tensor:
+        """Σ x², (n,)."""
+        return self.second.diagonal(dim1=1, dim2=2).reshape(-1)
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What one decoder layer did on one dimension's text."""
+
+    ffn: Moments  # inputs of down_proj over ‖layer output‖: the channels, diagonal
+    attention: Moments  # inputs of o_proj over ‖layer output‖: one block a kv group, its query heads side by side
+
+    def __add__(self, other: LayerStatistics) -> LayerStatistics:
+        return LayerStatistics(self.ffn + other.ffn, self.attention + other.attention)
+
+
+# One entry a layer, from dimension to what was seen on its text.
+Statistics = list[dict[str, LayerStatistics]]
+
+
+def _float64() -> torch.dtype:
+    import torch
+
+    return torch.float64
+
+
+def collect(
+    folder: Path,
+    anatomy: Anatomy,
+    windows: Mapping[str, np.ndarray],
+    *,
+    device: str = "cpu",
+    batch_tokens: int = 2048,
+) -> Statistics:
+    """Runs every dimension's windows through the model of ``folder`` once, layer by layer, in float32.
+
+    ``windows`` maps each dimension to token ids, (n, window) int64. Raises InvalidRequest where a window is longer
+    than the model's sliding window or positions, Failed where a hidden state stops being finite.
+    """
+    import torch
+
+    layers = _Layers(folder, anatomy, device)
+    hidden = {name: layers.embed(ids) for name, ids in windows.items()}
+    layers.check_window(max(ids.shape[1] for ids in windows.values()))
+    statistics: Statistics = []
+    with torch.no_grad():
+        for index in track(range(len(anatomy.layers)), "statistics, layer by layer"):
+            with layers.loaded(index) as layer:
+                statistics.append(
+                    {name: _one_layer(layer, layers, states, batch_tokens) for name, states in hidden.items()}
+                )
+            for name, states in hidden.items():
+                if not torch.isfinite(states[-1]).all():
+                    raise Failed(f"layer {index} of {folder} gives values that are not finite on the {name} text")
+    return statistics
+
+
+def _one_layer(layer: Any, layers: _Layers, states: torch.Tensor, batch_tokens: int) -> LayerStatistics:
+    """Carries ``states``, (n, window, hidden), through one layer in place and returns what was seen."""
+    import torch
+
+    kv_heads = layer.self_attn.k_proj.out_features // layers.anatomy.head_dim
+    seen: dict[str, torch.Tensor] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+            seen[name] = inputs[0].flatten(0, 1)
+
+        return hook
+
+    handles = [
+        layer.mlp.down_proj.register_forward_hook(watch("ffn")),
+        layer.self_attn.o_proj.register_forward_hook(watch("attention")),
+    ]
+    total: LayerStatistics | None = None
+    step = max(1, batch_tokens // states.shape[1])
+    for start in range(0, len(states), step):
+        batch = states[start : start + step].to(layers.device)
+        out = layer(batch, attention_mask=None, position_embeddings=layers.positions(batch.shape[1]))
+        states[start : start + step] = out.to(states.device)
+        scale = out.flatten(0, 1).norm(dim=1, keepdim=True).clamp_min(torch.finfo(out.dtype).tiny)
+        channels, heads = seen["ffn"] / scale, seen["attention"] / scale
+        part = LayerStatistics(Moments.of(channels, channels.shape[1]), Moments.of(heads, kv_heads))
+        total = part if total is None else total + part
+    for handle in handles:
+        handle.remove()
+    if total is None:
+        raise InvalidRequest("there is no text to take statistics of")
+    return total
+
+
+class _Layers:
+    """The decoder layers of a folder, built without weights; one at a time is given its weights."""
+
+    def __init__(self, folder: Path, anatomy: Anatomy, device: str) -> None:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.anatomy = anatomy
+        self.device = device
+        self.weights = Weights(folder)
+        self.config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(
+                self.config, dtype=torch.float32, attn_implementation="sdpa"
+            ).eval()
+        self.skeleton = skeleton.model.layers
+        self.rotary = type(skeleton.model.rotary_emb)(self.config).to(device)
+        self._positions: dict[int, Any] = {}
+
+    def check_window(self, window: int) -> None:
+        limits = {"max_position_embeddings": self.config.max_position_embeddings}
+        if sliding := getattr(self.config, "sliding_window", None):
+            limits["sliding_window"] = sliding
+        for name, limit in limits.items():
+            if window > limit:
+                raise InvalidRequest(f"--window {window} is longer than the model's {name}, {limit}")
+
+    def embed(self, ids: np.ndarray) -> torch.Tensor:
+        """Embeddings of token ids: (n, window) -> (n, window, hidden) float32 on the CPU."""
+        import torch
+
+        table = self.weights[self.anatomy.family.embedding]
+        if ids.size and int(ids.max()) >= table.shape[0]:
+            raise InvalidRequest(
+                f"the tokenizer gives id {int(ids.max())} and the model has {table.shape[0]} embeddings: "
+                "they do not belong together"
+            )
+        return torch.nn.functional.embedding(torch.from_numpy(ids), table).float()
+
+    def positions(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the rotary embedding for positions 0 … length - 1."""
+        import torch
+
+        if length not in self._positions:
+            ids = torch.arange(length, device=self.device).unsqueeze(0)
+            self._positions[length] = self.rotary(torch.zeros(1, device=self.device), position_ids=ids)
+        found: tuple[torch.Tensor, torch.Tensor] = self._positions[length]
+        return found
+
+    def loaded(self, index: int) -> _LoadedLayer:
+        return _LoadedLayer(self, index)
+
+
+class _LoadedLayer:
+    """Context manager: the layer with its weights inside, a bare skeleton again after."""
+
+    def __init__(self, layers: _Layers, index: int) -> None:
+        self.layers, self.index = layers, index
+
+    def __enter__(self) -> Any:
+        prefix = self.layers.anatomy.prefix(self.index)
+        layer = self.layers.skeleton[self.index].to_empty(device=self.layers.device)
+        layer.load_state_dict({name: self.layers.weights[prefix + name].float() for name in layer.state_dict()})
+        return layer
+
+    def __exit__(self, *_: object) -> None:
+        self.layers.skeleton[self.index].to("meta")
+
+
+def save_statistics(statistics: Statistics, path: Path) -> None:
+    """Writes statistics as one safetensors file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    tensors = {
+        f"{index}/{dimension}/{key}": tensor.contiguous()
+        for index, layer in enumerate(statistics)
+        for dimension, seen in layer.items()
+        for key, tensor in _flatten(seen).items()
+    }
+    with written_whole(path) as part:
+        save_file(tensors, part)
+
+
+def load_statistics(path: Path) -> Statistics:
+    """Reads what :func:`save_statistics` wrote."""
+    from safetensors.torch import load_file
+
+    grouped: dict[tuple[int, str], dict[str, Any]] = {}
+    for name, tensor in load_file(path).items():
+        index, dimension, key = name.split("/")
+        grouped.setdefault((int(index), dimension), {})[key] = tensor
+    statistics: Statistics = [{} for _ in range(1 + max(index for index, _ in grouped))]
+    for (index, dimension), values in sorted(grouped.items()):
+        moments = [
+            Moments(float(values[f"{place}.count"]), values[f"{place}.first"], values[f"{place}.second"])
+            for place in ("ffn", "attention")
+        ]
+        statistics[index][dimension] = LayerStatistics(*moments)
+    return statistics
+
+
+def _flatten(seen: LayerStatistics) -> dict[str, Any]:
+    import torch
+
+    flat: dict[str, Any] = {}
+    for place, moments in (("ffn", seen.ffn), ("attention", seen.attention)):
+        flat[f"{place}.count"] = torch.tensor(moments.count, dtype=torch.float64)
+        flat[f"{place}.first"] = moments.first
+        flat[f"{place}.second"] = moments.second
+    return flat
