@@ -95,7 +95,7 @@ def export_gguf(
         info = load_metadata(part)
     fallbacks = tuple(find_fallbacks(info.tensors, quant))
     if fallbacks:
-        say(f"{out.name}: {len(fallbacks)} tensors whose rows do not divide into blocks got a larger type")
+        say(f"{out.name}: larger type for rows that do not divide into blocks, in tensors: {len(fallbacks)}")
     return GgufReport(
         path=out,
         quant=quant,

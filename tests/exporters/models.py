@@ -26,7 +26,9 @@ PER_LAYER_MHA = {
 }
 
 
-def make(folder: Path, *, layout: str = "uniform", attention: str = "gqa", family: str = "llama", **settings: Any) -> Path:
+def make(
+    folder: Path, *, layout: str = "uniform", attention: str = "gqa", family: str = "llama", **settings: Any
+) -> Path:
     """A pico model folder; ``layout`` uniform or per-layer, ``attention`` gqa or mha."""
     sizes: dict[str, Any] = {}
     if layout == "per-layer":

@@ -34,11 +34,23 @@ def rewrite(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
 
 def test_header_says_what_is_inside(tmp_path: Path) -> None:
     folder = make(tmp_path / "model", layout="per-layer")
-    metadata = {"license": "apache-2.0", "base_model": "Pico", "languages": "en, de", "tags": "legal", "cusprun.note": "x"}
+    metadata = {
+        "license": "apache-2.0",
+        "base_model": "Pico",
+        "languages": "en, de",
+        "tags": "legal",
+        "cusprun.note": "x",
+    }
     report = export_gguf(folder, tmp_path / "out" / "pico.gguf", "f32", name="Pico legal", metadata=metadata)
     info = load_metadata(report.path)
     assert info.architecture == report.arch == "deci"
-    assert (info.name, info.quant, info.context_length, info.head_dim, info.tied) == ("Pico legal", "f32", 512, 16, True)
+    assert (info.name, info.quant, info.context_length, info.head_dim, info.tied) == (
+        "Pico legal",
+        "f32",
+        512,
+        16,
+        True,
+    )
     assert [(layer.ffn, layer.heads, layer.kv_heads) for layer in info.layers] == [(96, 4, 2), (160, 2, 2), (64, 3, 1)]
     assert info.metadata["general.license"] == "apache-2.0"
     assert info.metadata["general.base_model.0.name"] == "Pico"

@@ -1,0 +1,81 @@
+"""What the proof accepts, what it refuses, and that a crash of llama.cpp is a message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cusprun.errors import Failed, InvalidRequest
+from cusprun.exporters.gguf import export_gguf
+from cusprun.exporters.proof import compare_logits, prove_gguf
+from tests.exporters.models import make, windows
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    folder, other = make(tmp_path / "model"), make(tmp_path / "other", seed=1)
+    for path in (folder / "model.safetensors", other / "model.safetensors"):
+        tensors = load_file(path)
+        tensors["model.norm.weight"] *= 10  # a random model is nearly as sure as a trained one
+        save_file(tensors, path, metadata={"format": "pt"})
+    report = export_gguf(other, tmp_path / "x.gguf", "q8_0")
+    with pytest.raises(Failed, match="not the model it was made from"):
+        prove_gguf(report.path, folder, windows(folder), strict=False, threads=1)
+
+
+def test_slightly_wrong_weights_are_refused_only_when_strict(tmp_path: Path) -> None:
+    folder = make(tmp_path / "model")
+    report = export_gguf(folder, tmp_path / "x.gguf", "f32")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] *= 1.05
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Failed, match="does not reproduce torch"):
+        prove_gguf(report.path, folder, windows(folder), threads=1)
+    assert prove_gguf(report.path, folder, windows(folder), strict=False, threads=1).kld_mean > 1e-4
+
+
+def test_crash_is_a_message(tmp_path: Path) -> None:
+    """A deci file whose last layer has no FFN aborts llama.cpp (ggml's assertion), and only the child."""
+    folder = make(tmp_path / "model", layout="per-layer")
+    report = export_gguf(folder, tmp_path / "x.gguf", "f32")
+    reader = gguf.GGUFReader(report.path, "r+")
+    field = reader.fields["deci.feed_forward_length"]
+    field.parts[field.data[-1]][0] = 0
+    reader.data.flush()
+    with pytest.raises(Failed, match=r"crashed with|does not load|is not the model"):
+        prove_gguf(report.path, folder, windows(folder), threads=1)
+
+
+def test_windows_that_make_no_sense(tmp_path: Path) -> None:
+    folder = make(tmp_path / "model")
+    report = export_gguf(folder, tmp_path / "x.gguf", "f32")
+    with pytest.raises(InvalidRequest, match="window"):
+        prove_gguf(report.path, folder, np.zeros((0, 8), dtype=np.int64))
+    with pytest.raises(InvalidRequest, match="vocabulary"):
+        prove_gguf(report.path, folder, np.full((1, 8), 10**6))
+    with pytest.raises(InvalidRequest, match="context"):
+        prove_gguf(report.path, folder, np.zeros((1, 600), dtype=np.int64))
+
+
+def test_figures_against_torch() -> None:
+    torch.manual_seed(0)
+    wanted, got = torch.randn(5, 11, dtype=torch.float64), torch.randn(5, 11, dtype=torch.float64)
+    targets = torch.tensor([3, 1, 4, 1])
+    kld, same, nll = compare_logits(wanted.numpy(), got.numpy(), targets.numpy())
+    expected = torch.nn.functional.kl_div(
+        got.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="none"
+    )
+    np.testing.assert_allclose(kld, expected.sum(-1).numpy(), rtol=1e-9)
+    assert same.tolist() == (wanted.argmax(-1) == got.argmax(-1)).tolist()
+    losses = [torch.nn.functional.cross_entropy(logits[:4], targets, reduction="sum") for logits in (wanted, got)]
+    np.testing.assert_allclose(nll, [float(loss) for loss in losses], rtol=1e-9)
+
+
+def test_tied_first_choices_agree() -> None:
+    wanted = np.array([[1.0, 5.0, 5.0, 0.0], [1.0, 5.0, 4.9, 0.0]], dtype=np.float32)
+    got = np.array([[1.0, 4.9, 5.0, 0.0], [1.0, 4.9, 5.0, 0.0]], dtype=np.float32)
+    assert compare_logits(wanted, got, np.array([0]))[1].tolist() == [True, False]
