@@ -25,7 +25,7 @@ Score = Literal["second-half", "all"]
 Text = str | Sequence[str]
 
 SEPARATOR = "\n\n"  # between the texts of a corpus
-ROWS = 64  # positions per float64 softmax: 64 x 49152 x 8 bytes = 25 MB
+ROWS = 4  # positions per float64 softmax: 4 x 49152 x 8 bytes = 1.5 MB, which a cache holds
 
 
 @dataclass(frozen=True)
@@ -250,35 +250,46 @@ def score_tokens(
 
 
 def losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """-ln p(target) per row, float64, (n,); ``logits`` (n, n_vocab), ``targets`` (n,)."""
+    """-ln p(target) per row in float64, (n,); ``logits`` (n, n_vocab), ``targets`` (n,)."""
     found = np.empty(len(targets))
-    for start in range(0, len(targets), ROWS):
-        rows = log_softmax(logits[start : start + ROWS])
-        found[start : start + ROWS] = -rows[np.arange(len(rows)), targets[start : start + ROWS]]
+    for part in _parts(len(targets)):
+        rows = logits[part].astype(np.float64)
+        _, log_sum = _exponentials(rows)
+        found[part] = log_sum - rows[np.arange(len(rows)), targets[part]]
     return found
 
 
 def divergences(
     logits: np.ndarray, reference: np.ndarray, targets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Per row: loss, the reference's loss, KL(reference || this) in nats, whether both find one token likeliest."""
+    """Per row: loss, the reference's loss, KL(reference || this) in nats, whether both find one token likeliest.
+
+    With logits z, p = softmax: KL(p || q) = sum p (z_p - z_q) - logsumexp z_p + logsumexp z_q, in float64.
+    """
     n = len(targets)
     nll, reference_nll, kld, same = np.empty(n), np.empty(n), np.empty(n), np.empty(n, dtype=bool)
-    for start in range(0, n, ROWS):
-        part = slice(start, min(start + ROWS, n))
-        log_q, log_p = log_softmax(logits[part]), log_softmax(reference[part])
-        at = (np.arange(len(log_q)), targets[part])
-        nll[part], reference_nll[part] = -log_q[at], -log_p[at]
-        same[part] = logits[part].argmax(axis=1) == reference[part].argmax(axis=1)
-        kld[part] = np.einsum("ij,ij->i", np.exp(log_p), log_p - log_q)
+    for part in _parts(n):
+        q, p = logits[part].astype(np.float64), reference[part].astype(np.float64)
+        at = (np.arange(len(q)), targets[part])
+        same[part] = q.argmax(axis=1) == p.argmax(axis=1)
+        _, log_sum_q = _exponentials(q)
+        weights, log_sum_p = _exponentials(p)
+        nll[part], reference_nll[part] = log_sum_q - q[at], log_sum_p - p[at]
+        np.subtract(p, q, out=p)
+        kld[part] = np.einsum("ij,ij->i", weights, p) / weights.sum(axis=1) - log_sum_p + log_sum_q
     return nll, reference_nll, kld, same
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Natural log of the softmax over the last axis, float64. Raises Failed where a logit is not a number."""
-    rows = logits.astype(np.float64)
-    rows -= rows.max(axis=-1, keepdims=True)
-    rows -= np.log(np.exp(rows).sum(axis=-1, keepdims=True))
-    if not np.isfinite(rows).all():
+def _parts(n: int) -> Iterator[slice]:
+    return (slice(start, min(start + ROWS, n)) for start in range(0, n, ROWS))
+
+
+def _exponentials(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """exp(row - its largest), and ln of the sum of exp(row). Raises Failed where a logit is not a number."""
+    largest = rows.max(axis=1, keepdims=True)
+    weights = rows - largest
+    np.exp(weights, out=weights)
+    log_sum: np.ndarray = np.log(weights.sum(axis=1)) + largest[:, 0]
+    if not np.isfinite(log_sum).all():
         raise Failed("the artifact's logits are not finite numbers: its weights are damaged")
-    return rows
+    return weights, log_sum

@@ -58,7 +58,7 @@ def bench_table(rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, Any] | N
                 "macs_per_token")  # fmt: skip
         lines.append(("ratio", *(_times(_any_ratio(ratios[key])) for key in keys)))
         note += (
-            f"; decode has {ratios['decode_yield']['median_of_pairs']:.0%} of the gain that the bytes promise, "
+            f"; decode reaches {ratios['decode_yield']['median_of_pairs']:.0%} of the speed that the bytes promise, "
             f"prefill {ratios['prefill_yield']['median_of_pairs']:.0%} of what the MACs promise"
         )
     return Grid("Speed and size", headers, tuple(lines), note)

@@ -64,16 +64,18 @@ def multiple_choice(
     artifact: Path,
     questions: Sequence[Question],
     *,
+    limit: int | None = None,
     threads: int | None = None,
     device: str = "cpu",
     context: int = 2048,
 ) -> McResult:
-    """Accuracy of a model folder or .gguf file.
+    """Accuracy of a model folder or .gguf file; with ``limit`` on so many questions, spread evenly over those given.
 
     The prompt goes through the chat template as the user's turn, and the choices are scored as the assistant's; a model
     without a template sees the prompt, a blank and the choice. Raises InvalidRequest for a question without two choices
     or one that is longer than the model's context, Failed where the artifact does not run.
     """
+    questions = spread(questions, limit)
     check_questions(questions)
     request: dict[str, Any] = {
         "artifact": str(artifact),
@@ -85,6 +87,15 @@ def multiple_choice(
     }
     found = run_in_child(_score_all, **request) if artifact.suffix == ".gguf" else _score_all(**request)
     return score(questions, found)
+
+
+def spread(questions: Sequence[Question], limit: int | None) -> Sequence[Question]:
+    """At most ``limit`` questions at even distances, always the same ones."""
+    if limit is None or len(questions) <= limit:
+        return questions
+    if limit < 1:
+        raise InvalidRequest(f"{limit} questions score nothing: write 1 or more")
+    return [questions[index * len(questions) // limit] for index in range(limit)]
 
 
 def check_questions(questions: Sequence[Question]) -> None:

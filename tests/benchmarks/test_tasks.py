@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cusprun.benchmarks.tasks import multiple_choice, paired, score, tokenized, wilson
+from cusprun.benchmarks.tasks import multiple_choice, paired, score, spread, tokenized, wilson
 from cusprun.errors import InvalidRequest
 from cusprun.runtimes import Message, open_runtime
 from tests import pico
@@ -86,6 +86,15 @@ def test_scores_and_constant_answer() -> None:
     assert found.correct_normalised == (False, False, True)  # per byte: -1 against -0.5, and so on
     assert found.constant_answer_accuracy == pytest.approx(2 / 3)
     assert found.chance == 0.5
+
+
+def test_a_limit_spreads_the_questions() -> None:
+    items = [Item(str(number), ("a", "b"), 0) for number in range(10)]
+    assert [item.prompt for item in spread(items, 4)] == ["0", "2", "5", "7"]
+    assert spread(items, None) is items
+    assert spread(items, 10) is items
+    with pytest.raises(InvalidRequest, match="write 1 or more"):
+        spread(items, 0)
 
 
 def test_wilson_interval() -> None:
