@@ -100,7 +100,8 @@ def evaluate(
     """Quality of a model folder or .gguf file on ``text`` (several texts are joined by a blank line).
 
     ``score`` "all" takes every token that has one before it in its window, and the last, shorter window too.
-    ``max_tokens`` cuts the text after so many tokens; ``special`` reads <|im_start|> and the like as tokens.
+    ``max_tokens`` keeps so many, in whole windows at even distances over the text; ``special`` reads <|im_start|> and
+    the like as tokens.
     Raises InvalidRequest for a text shorter than one window or vocabularies that differ, Failed where the artifact
     does not run; a crash of llama.cpp is a Failed too.
     """
@@ -181,7 +182,7 @@ def _measure(
             )
     found: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {}
     for name, text in corpora.items():
-        tokens = runtime.encode(text, special=special)[:max_tokens]
+        tokens = runtime.encode(text, special=special)
         if other is not None:
             require_same_vocabulary(runtime, other, text, tokens, special)
         if runtime.bos is not None:
@@ -192,7 +193,8 @@ def _measure(
                 "--context"
             )
         label = f"{name}: {runtime.path.name}"
-        own, others = score_tokens(runtime, other, tokens, context=context, score=score, label=label)
+        cut = windows(tokens, context, score, None if max_tokens is None else max_tokens // context)
+        own, others = score_windows(runtime, other, cut, context=context, score=score, label=label)
         found[name] = (asdict(own), None if others is None else asdict(others))
     runtime.close()
     if other is not None:
@@ -204,28 +206,33 @@ def require_same_vocabulary(one: Runtime, other: Runtime, text: str, tokens: lis
     """Raises InvalidRequest where a token id does not mean the same in both: then no distribution over them does."""
     if one.n_vocab != other.n_vocab:
         sizes = f"{one.path} has {one.n_vocab} tokens and {other.path} has {other.n_vocab}"
-    elif one.bos != other.bos or other.encode(text, special=special)[: len(tokens)] != tokens:
+    elif one.bos != other.bos or other.encode(text, special=special) != tokens:
         sizes = f"{one.path} and {other.path} cut the text into different tokens"
     else:
         return
     raise InvalidRequest(f"{sizes}: KL divergence needs equal vocabularies; leave --against out, compare bits per byte")
 
 
-def windows(tokens: Sequence[int], context: int, score: Score) -> Iterator[Sequence[int]]:
-    """Non-overlapping windows of ``context`` tokens; the shorter last one only when every token is scored."""
-    for start in range(0, len(tokens), context):
-        window = tokens[start : start + context]
-        if len(window) == context or (score == "all" and len(window) > 1):
-            yield window
+def windows(tokens: Sequence[int], context: int, score: Score, limit: int | None = None) -> list[Sequence[int]]:
+    """Non-overlapping windows of ``context`` tokens, the shorter last one only when every token is scored.
+
+    At most ``limit`` of them, at even distances.
+    """
+    whole = [tokens[start : start + context] for start in range(0, len(tokens), context)]
+    least = context if score == "second-half" else 2
+    if len(whole[-1]) < least:
+        whole.pop()
+    if limit is None or len(whole) <= limit:
+        return whole
+    return [whole[index * len(whole) // limit] for index in range(limit)]
 
 
-def score_tokens(
-    runtime: Runtime, other: Runtime | None, tokens: Sequence[int], *, context: int, score: Score, label: str
+def score_windows(
+    runtime: Runtime, other: Runtime | None, cut: Sequence[Sequence[int]], *, context: int, score: Score, label: str
 ) -> tuple[Quality, Quality | None]:
     """Both artifacts over the same windows, one window's logits at a time."""
     tally, other_tally = Tally(), Tally()
     first = context // 2 if score == "second-half" else 0
-    cut = list(windows(tokens, context, score))
     lengths: dict[int, int] = {}
     for window in track(cut, f"perplexity of {label}", total=len(cut)):
         shown = list(window[:-1])

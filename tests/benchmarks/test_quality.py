@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cusprun.benchmarks.quality import divergences, evaluate, evaluate_corpora, losses
+from cusprun.benchmarks.quality import divergences, evaluate, evaluate_corpora, losses, windows
 from cusprun.errors import Failed, InvalidRequest
 from cusprun.runtimes import open_runtime
 from tests import pico
@@ -103,6 +103,17 @@ def test_divergence_from_another_model(folder: Path, other: Path, text: str) -> 
     assert expert.kld_mean > 0.1
     assert expert.top1_agreement is not None
     assert 0 <= expert.top1_agreement < 1
+
+
+def test_windows() -> None:
+    assert windows(range(11), 4, "second-half") == [range(4), range(4, 8)]
+    assert windows(range(11), 4, "all") == [range(4), range(4, 8), range(8, 11)]
+    assert windows(range(9), 4, "all") == [range(4), range(4, 8)]
+    assert windows(range(40), 4, "second-half", limit=3) == [range(4), range(12, 16), range(24, 28)]
+
+
+def test_a_token_budget_takes_whole_windows(folder: Path, text: str) -> None:
+    assert evaluate(folder, text, context=64, max_tokens=200).tokens == 3 * 31
 
 
 def test_kl_direction_and_losses() -> None:
