@@ -63,7 +63,10 @@ def read_vocabulary(folder: Path, rows: int, config: Mapping[str, Any]) -> Vocab
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise InvalidRequest(f"{folder} has no tokenizer that transformers loads: {error}") from error
+        hint = ""
+        if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
+            hint = " (to read tokenizer.model alone, pip install sentencepiece)"
+        raise InvalidRequest(f"{folder} has no tokenizer that transformers loads{hint}: {error}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise InvalidRequest(
             f"{folder} has a tokenizer without tokenizer.json: save it once with transformers' fast form"

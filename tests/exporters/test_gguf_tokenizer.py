@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -14,10 +16,10 @@ from transformers import PreTrainedTokenizerFast
 from cusprun.errors import InvalidRequest
 from cusprun.exporters.gguf import export_gguf
 from cusprun.exporters.gguf_tokenizer import LLAMA3_SPLIT, QWEN2_SPLIT, TEKKEN_SPLIT
-from cusprun.exporters.proof import HARD_STRINGS, tokenizer_difference
+from cusprun.exporters.proof import HARD_STRINGS, compare_on_windows, tokenizer_difference
 from cusprun.runtimes.llamacpp import LlamaCppRuntime, load_metadata
 from cusprun.runtimes.torch_runtime import TorchRuntime
-from tests.exporters.models import edit_config
+from tests.exporters.models import edit_config, windows
 from tests.pico import SENTENCES, save_model
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -99,6 +101,26 @@ def test_sentencepiece_kind(tmp_path: Path) -> None:
     assert tokenizer_difference(reference, candidate, texts) is None
     tokens = candidate.encode(SENTENCES[2])
     assert reference.decode(tokens).strip() == candidate.decode(tokens).strip() == SENTENCES[2]
+
+
+def test_llama_tokenizer_class(tmp_path: Path) -> None:
+    """Llama 2 and Mistral folders name LlamaTokenizer, which transformers builds anew from the vocabulary."""
+    folder = model_with(tmp_path / "model", sentencepiece())
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "LlamaTokenizer"}))
+    report = export_gguf(folder, tmp_path / "x.gguf", "f32")
+    np.save(tmp_path / "windows.npy", windows(folder, 2, 32))
+    found = compare_on_windows(str(report.path), str(folder), str(tmp_path / "windows.npy"), "f32", 1)
+    assert found["tokenizer_difference"] is None
+    assert found["kld_mean"] <= 1e-4
+
+
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="sentencepiece is installed and reads the file")
+def test_sentencepiece_file_alone(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    with pytest.raises(InvalidRequest, match="pip install sentencepiece"):
+        export_gguf(folder, tmp_path / "x.gguf", "f32")
 
 
 @pytest.mark.parametrize("template", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])

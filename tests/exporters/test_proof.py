@@ -38,15 +38,41 @@ def test_slightly_wrong_weights_are_refused_only_when_strict(tmp_path: Path) -> 
     assert prove_gguf(report.path, folder, windows(folder), strict=False, threads=1).kld_mean > 1e-4
 
 
+def without_last_ffn(source: Path, out: Path) -> None:
+    """A copy of a three-layer deci file whose last layer has no FFN, by which llama.cpp aborts."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(out, "deci")
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            value = field.contents()
+            if name == "deci.feed_forward_length":
+                value = [*value[:-1], 0]
+            writer.add_key_value(name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
+    for tensor in reader.tensors:
+        if not tensor.name.startswith("blk.2.ffn_"):
+            writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def test_crash_is_a_message(tmp_path: Path) -> None:
-    """A deci file whose last layer has no FFN aborts llama.cpp (ggml's assertion), and only the child."""
+    folder = make(tmp_path / "model", layout="per-layer")
+    report = export_gguf(folder, tmp_path / "x.gguf", "f32")
+    without_last_ffn(report.path, tmp_path / "broken.gguf")
+    with pytest.raises(Failed, match="crashed with SIG"):
+        prove_gguf(tmp_path / "broken.gguf", folder, windows(folder), threads=1)
+
+
+def test_refusal_is_a_message(tmp_path: Path) -> None:
     folder = make(tmp_path / "model", layout="per-layer")
     report = export_gguf(folder, tmp_path / "x.gguf", "f32")
     reader = gguf.GGUFReader(report.path, "r+")
-    field = reader.fields["deci.feed_forward_length"]
-    field.parts[field.data[-1]][0] = 0
+    field = reader.fields["deci.rope.dimension_count"]
+    field.parts[field.data[-1]][0] = 8
     reader.data.flush()
-    with pytest.raises(Failed, match=r"crashed with|does not load|is not the model"):
+    with pytest.raises(Failed, match=r"does not load .*n_rot"):
         prove_gguf(report.path, folder, windows(folder), threads=1)
 
 
