@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cusprun.corpora.catalog import Entry, Source, find_entries, load_catalog
 from cusprun.corpora.document import Document
 from cusprun.corpora.library import open_shelf
-from cusprun.corpora.sources import is_cached
+from cusprun.corpora.sources import is_cached, missing_client
 from cusprun.corpora.split import Side
 from cusprun.errors import InvalidRequest
 
@@ -65,6 +65,15 @@ def download_bytes(entries: Iterable[Entry]) -> int:
     sources = [entry.source for entry in entries if isinstance(entry.source, Source)]
     missing = {source.sha256: source.bytes for source in sources if not is_cached(source)}
     return sum(missing.values())
+
+
+def unreachable(entries: Iterable[Entry]) -> list[str]:
+    """One line per client that these entries would be fetched with and that is not here."""
+    needed: dict[str, list[str]] = {}
+    for entry in entries:
+        if isinstance(entry.source, Source) and (client := missing_client(entry.source)):
+            needed.setdefault(client, []).append(entry.name)
+    return [f"there is no {client} here, and {', '.join(names)} is fetched with it" for client, names in needed.items()]
 
 
 def pull(names: Sequence[str]) -> list[Row]:

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cusprun.corpora.catalog import Entry, cell, check_scenario, load_catalog, matches
+from cusprun.corpora.catalog import Entry, Source, cell, check_scenario, load_catalog, matches
 from cusprun.corpora.document import Document, OwnText, Scenario, WeightedDocument
 from cusprun.corpora.library import Shelf, open_own, open_shelf, without_leaks
+from cusprun.corpora.sources import missing_client
 from cusprun.errors import InvalidRequest
 
 FOCUS = 0.5  # share of each dimension's tokens that comes from the scenario's own cell
@@ -28,17 +29,23 @@ def evaluation_entries(scenario: Scenario, named: Sequence[str] = ()) -> dict[st
     """The entries behind the keys of :func:`evaluation_texts`.
 
     ``scenario`` is the cell; ``domain`` and ``general`` are entries kept for evaluation, of the scenario's language
-    (English where none is given) and its domain, or the general one.
+    (English where none is given) and its domain, or the general one. Of these, an entry that cannot be fetched on this
+    machine (it needs npm or apt-get and there is none) is left out: the weights do not depend on it.
     """
     language, domain = scenario.language or "en", scenario.domain
     reserved = [entry for entry in load_catalog() if entry.reserve and (entry.use != "named" or entry.name in named)]
-    reserved = [entry for entry in reserved if entry.language == language]
+    reserved = [entry for entry in reserved if entry.language == language and can_fetch(entry)]
     found = {
         "scenario": cell(scenario, named),
         "domain": tuple(entry for entry in reserved if domain and entry.domain == domain),
         "general": tuple(entry for entry in reserved if entry.domain == "general" and domain != "general"),
     }
     return {name: entries for name, entries in found.items() if entries}
+
+
+def can_fetch(entry: Entry) -> bool:
+    """Whether the entry is in the cache or its client is here."""
+    return not isinstance(entry.source, Source) or missing_client(entry.source) is None
 
 
 def all_entries(scenario: Scenario, named: Sequence[str] = ()) -> tuple[Entry, ...]:
@@ -53,12 +60,17 @@ def _default(entry: Entry, named: Sequence[str]) -> bool:
 
 
 def _around(scenario: Scenario, dimension: str, value: str, named: Sequence[str]) -> list[Entry]:
-    """Entries outside the cell that hold the dimension fixed; larger ones only where there are no small ones."""
-    own = {entry.name for entry in cell(scenario, named)}
-    fitting = [entry for entry in load_catalog() if matches(entry, dimension, value) and entry.name not in own]
-    small = [entry for entry in fitting if _default(entry, named)]
-    exact = any(matches(entry, dimension, value) for entry in cell(scenario, named))
-    return small or ([] if exact else [entry for entry in fitting if not entry.reserve and entry.use == "cell"])
+    """Entries outside the cell that hold the dimension fixed.
+
+    Those for default use and those whose package the cell needs anyway; where there are none, all that this machine
+    can fetch.
+    """
+    own = cell(scenario, named)
+    packages = {entry.source.sha256 for entry in own if isinstance(entry.source, Source)}
+    fitting = [entry for entry in load_catalog() if matches(entry, dimension, value) and entry not in own]
+    fitting = [entry for entry in fitting if not entry.reserve and (entry.use != "named" or entry.name in named)]
+    near = [entry for entry in fitting if _default(entry, named) or getattr(entry.source, "sha256", "") in packages]
+    return near or [entry for entry in fitting if can_fetch(entry)]
 
 
 def dimension_corpora(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,9 +21,8 @@ TEXT = "The tenant pays the rent on the first day of month {n}, and section {n} 
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUSPRUN_CACHE", str(tmp_path / "cache"))
-    yield
 
 
 def made_entry(tmp_path: Path, reserve: str | None = None, texts: int = 30) -> Entry:
@@ -125,7 +123,11 @@ def test_a_local_data_set_is_read_row_by_row(tmp_path: Path) -> None:
 
 def test_own_text_serves_a_language_that_the_catalog_lacks(tmp_path: Path) -> None:
     rows = [
-        {"prompt": f"Wie betaalt de huur van kamer {n}?", "choices": [f"De huurder {n}", f"De eigenaar {n}"], "answer": 0}
+        {
+            "prompt": f"Wie betaalt de huur van kamer {n}?",
+            "choices": [f"De huurder {n}", f"De eigenaar {n}"],
+            "answer": 0,
+        }
         for n in range(80)
     ]
     path, style = tmp_path / "huur.jsonl", tmp_path / "stijl.txt"

@@ -46,10 +46,10 @@ def test_ids_stay_when_rows_are_added(tmp_path: Path) -> None:
 
 
 def test_parquet_and_folders_are_read(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
 
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["first", "second"]}), tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.table({"text": ["first", "second"]}), tmp_path / "a.parquet")
     (tmp_path / "b.md").write_text("# Third\n\nparagraph")
     (tmp_path / "c.bin").write_bytes(b"\0")
     assert [document.text for document in read(tmp_path)] == ["first", "second", "# Third\n\nparagraph"]

@@ -74,7 +74,9 @@ def test_sides_are_a_function_of_the_text_alone() -> None:
 
 
 def test_exact_duplicates_and_other_spellings_stay_together() -> None:
-    made = shelf([made_text(number) for number in range(20)] + [made_text(number).upper() + "!" for number in range(20)])
+    made = shelf(
+        [made_text(number) for number in range(20)] + [made_text(number).upper() + "!" for number in range(20)]
+    )
     assert made.sides[:20] == made.sides[20:]
 
 

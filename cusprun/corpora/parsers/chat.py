@@ -73,6 +73,7 @@ def parse_pairs(members: Members, options: Options) -> Iterator[Draft]:
         ideal = row["ideal"]
         answered = clean(", ".join(map(str, ideal)) if isinstance(ideal, list) else str(ideal))
         asked = clean("\n\n".join(contents))
+        answered = answered.strip("[]")
         if not answered or ("without" in options and re.search(options["without"], answered)):
             continue
         if (key := _key(asked)) not in seen:

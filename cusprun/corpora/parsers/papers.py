@@ -62,7 +62,8 @@ def _prose(element: ElementTree.Element) -> str:
     blocks = []
     for node in _walk(element):
         words = " ".join(_words(node).split())
-        words = re.sub(r"\s*\[[\s,;–-]*\]|\s*\([\s,;–-]*\)", "", words)
+        words = re.sub(r"\s*\[[\s,;–-]*\]|\s*\([\s,;–-]*\)", "", words)  # what cited numbers leave behind
+        words = re.sub(r"(\s+[,–-])+\s*(?=[.,;:)])|\s+(?=[.,;:])", "", words)
         if words:
             blocks.append(words)
     return clean("\n\n".join(blocks))
@@ -81,8 +82,8 @@ def _walk(element: ElementTree.Element) -> Iterator[ElementTree.Element]:
 def _words(element: ElementTree.Element) -> str:
     pieces = [element.text or ""]
     for child in element:
-        cited = child.tag == "xref" and child.get("ref-type") == "bibr"
-        if child.tag not in _SKIPPED and not cited:
-            pieces.append(_words(child))
+        words = _words(child) if child.tag not in _SKIPPED else ""
+        cited = child.tag == "xref" and child.get("ref-type") == "bibr" and not re.search(r"[^\W\d_]", words)
+        pieces.append("" if cited else words)
         pieces.append(child.tail or "")
     return "".join(pieces)

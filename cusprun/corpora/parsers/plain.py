@@ -58,3 +58,16 @@ def parse_code(members: Members, options: Options) -> Iterator[Draft]:
             yield pair(
                 row["task_id"], f"Complete this function.\n\n{problem}", problem + "\n" + row["canonical_solution"]
             )
+
+
+def parse_sayings(members: Members, options: Options) -> Iterator[Draft]:
+    """Files of short sayings between lines of "%", as fortune(6) reads them; neighbours make one draft of a page."""
+    for name, data in members:
+        stem, page, number = name.rsplit("/", 1)[-1], "", 0
+        for saying in clean(data.decode("utf-8", "replace")).split("\n%\n"):
+            page = f"{page}\n\n{saying.strip()}".strip()
+            if len(page) >= 1500:
+                yield Draft(f"{stem}/{number}", page)
+                page, number = "", number + 1
+        if page:
+            yield Draft(f"{stem}/{number}", page)

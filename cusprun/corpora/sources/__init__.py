@@ -32,6 +32,12 @@ def is_cached(source: Source) -> bool:
     return cached_file(source).is_file()
 
 
+def missing_client(source: Source) -> str | None:
+    """The client that fetching this package needs and that is not here; None where it can be had."""
+    client = {"pypi": None, "npm": "npm", "debian": "apt-get"}[source.kind]
+    return None if client is None or is_cached(source) or shutil.which(client) else client
+
+
 def fetch(source: Source) -> Path:
     """The package of ``source`` in the cache, fetched with the ordinary client and checked where it is not there yet.
 
