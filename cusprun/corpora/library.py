@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from cusprun.corpora.archives import read_members
-from cusprun.corpora.cache import cache_folder
+from cusprun.corpora.cache import cache_folder, make_folder
 from cusprun.corpora.catalog import Entry, Source
 from cusprun.corpora.document import Document, Scenario, from_json, to_json
 from cusprun.corpora.own import read_own
@@ -58,6 +58,7 @@ def open_shelf(entry: Entry) -> Shelf:
         sides: Sequence[Side] = assign_sides(documents, groups, signatures, entry.family)
         if entry.reserve:
             sides = ["held-out" if side == "calibration" else side for side in sides]
+        make_folder(folder.parent)
         with folder_written_whole(folder) as part:
             rows = [{**to_json(document), "side": side} for document, side in zip(documents, sides, strict=True)]
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

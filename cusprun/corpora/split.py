@@ -10,7 +10,7 @@ but not most of their words do not count as duplicates.
 
 from __future__ import annotations
 
-import hashlib
+import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -46,7 +46,7 @@ def sign(texts: Sequence[str]) -> np.ndarray:
 
 
 def _shingle_hash(shingle: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(shingle, digest_size=4).digest(), "little")
+    return zlib.crc32(shingle)
 
 
 def _shingles(text: str) -> list[bytes]:
@@ -54,7 +54,7 @@ def _shingles(text: str) -> list[bytes]:
     if len(words) <= SHINGLE:
         return [" ".join(words).encode("utf-8", "surrogatepass")]
     spans = {" ".join(words[start : start + SHINGLE]) for start in range(len(words) - SHINGLE + 1)}
-    return [span.encode("utf-8", "surrogatepass") for span in sorted(spans)]
+    return [span.encode("utf-8", "surrogatepass") for span in spans]
 
 
 def similarity(one: np.ndarray, other: np.ndarray) -> float:

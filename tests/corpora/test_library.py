@@ -93,6 +93,25 @@ def test_a_wrong_checksum_names_both_hashes(tmp_path: Path) -> None:
     assert hashlib.sha256(b"tampered").hexdigest() in str(caught.value)
 
 
+def test_a_package_that_was_changed_in_the_cache_is_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = made_entry(tmp_path)
+    cached_file(entry.source).write_bytes(b"changed")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(Failed, match="could not be fetched"):
+        open_shelf(entry)
+    assert "was changed since it was fetched" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_made_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = made_entry(tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CUSPRUN_CACHE", str(tmp_path / "file"))
+    with pytest.raises(Failed, match="CUSPRUN_CACHE"):
+        open_shelf(entry)
+
+
 def test_a_client_that_is_missing_or_fails_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = made_entry(tmp_path).source
     monkeypatch.setenv("PATH", str(tmp_path))

