@@ -7,19 +7,22 @@ cached), or a hub id.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from cusprun.anatomy import Anatomy, describe
-from cusprun.checkpoint import COMPANIONS, INDEX, SINGLE, Weights
+from cusprun.anatomy import FAMILIES, Anatomy, describe
+from cusprun.checkpoint import COMPANIONS, INDEX, SINGLE, Weights, is_stock
+from cusprun.corpora.cache import cache_folder
 from cusprun.errors import Failed, InvalidRequest, MissingPackage
 from cusprun.files import folder_written_whole, sha256_file, write_json
+from cusprun.recipe import DEFAULT_MODEL
+from cusprun.runtimes.gguf_header import load_metadata
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
+DOWNLOADED = ("*.safetensors", INDEX, "config.json", "README.md", *COMPANIONS)
 CONVERSION = 1  # raise when what is written for a .gguf changes
 
 
@@ -36,11 +39,17 @@ class Dense:
     weights_note: str | None
 
 
-def cache_root() -> Path:
-    """Where converted models and pulled text are kept: $CUSPRUN_CACHE, or the user's cache directory."""
-    from platformdirs import user_cache_dir
+@dataclass(frozen=True)
+class Sizes:
+    """What can be known of a dense model from its headers."""
 
-    return Path(os.environ.get("CUSPRUN_CACHE") or user_cache_dir("cusprun", appauthor=False))
+    anatomy: Anatomy
+    element_bytes: int  # of a weight in the model folder
+    convert: bool  # a .gguf that is to be dequantized first
+
+    @property
+    def parameters(self) -> int:
+        return self.anatomy.parameters
 
 
 def embedded_gguf() -> Path:
@@ -60,19 +69,70 @@ def find_dense(model: str, revision: str | None = None) -> Dense:
     Raises InvalidRequest where nothing of that name exists, its family is unknown or its weights are no safetensors;
     Failed where a download or conversion breaks.
     """
-    if model == DEFAULT_MODEL:
-        return _from_gguf(embedded_gguf(), model)
-    path = Path(model).expanduser()
+    path = local_path(model)
+    if path is None:
+        return _from_folder(_download(model, revision), model)
     if path.is_dir():
         return _from_folder(path, model)
-    if path.is_file() or path.suffix == ".gguf":
-        return _from_gguf(path, path.name)
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+    return _from_gguf(path, model if model == DEFAULT_MODEL else path.name)
+
+
+def read_sizes(model: str, revision: str | None = None) -> Sizes:
+    """Anatomy of the dense model from its headers; of a hub model config.json alone is fetched.
+
+    Raises InvalidRequest where nothing of that name exists or its family is unknown, Failed where the hub is needed
+    and cannot be reached.
+    """
+    path = local_path(model)
+    if path is None:
+        return Sizes(describe(_download(model, revision, ["config.json"])), element_bytes=2, convert=False)
+    if path.is_dir():
+        anatomy = describe(path)
+        weights = Weights(path)
+        weights.check(anatomy)
+        element = {"F64": 8, "F32": 4}.get(weights.dtype(anatomy.family.embedding), 2)
+        return Sizes(anatomy, element, convert=False)
+    info = load_metadata(path)
+    if info.architecture != "llama":
+        raise InvalidRequest(f"{path} is a GGUF of architecture {info.architecture!r}; as a dense model llama is read")
+    anatomy = Anatomy(
+        FAMILIES[0], info.hidden_size, info.head_dim, info.vocab_size, info.layers, info.tied, False, False
+    )
+    return Sizes(anatomy, element_bytes=4, convert=True)
+
+
+def describe_model(model: str, revision: str | None = None) -> dict[str, Any]:
+    """What `inspect` prints: family, sizes, whether stock transformers loads it, and the units of every layer."""
+    sizes = read_sizes(model, revision)
+    anatomy = sizes.anatomy
+    return {
+        "model": model,
+        "family": anatomy.family.name,
+        "parameters": anatomy.parameters,
+        "macs_per_token": anatomy.macs_per_token,
+        "hidden_size": anatomy.hidden_size,
+        "head_dim": anatomy.head_dim,
+        "vocab_size": anatomy.vocab_size,
+        "tied_embeddings": anatomy.tied,
+        "biases": anatomy.attention_bias or anatomy.mlp_bias,
+        "layout": "uniform" if is_stock(anatomy) else "per-layer",
+        "layers": [{"layer": index, **asdict(widths)} for index, widths in enumerate(anatomy.layers)],
+    }
+
+
+def local_path(model: str) -> Path | None:
+    """The folder or .gguf file that ``model`` names; None for a hub id. Raises InvalidRequest for anything else."""
+    if model == DEFAULT_MODEL:
+        return embedded_gguf()
+    path = Path(model).expanduser()
+    if path.is_dir() or path.is_file():
+        return path
+    if path.suffix == ".gguf" or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise InvalidRequest(
             f"there is no model {model!r}: name {DEFAULT_MODEL}, a folder with config.json, a .gguf file, or a hub id "
             "such as HuggingFaceTB/SmolLM2-360M-Instruct"
         )
-    return _from_folder(_download(model, revision), model)
+    return None
 
 
 def _from_folder(folder: Path, name: str) -> Dense:
@@ -123,16 +183,12 @@ def _card_licence(folder: Path) -> str | None:
     return None
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None, files: Sequence[str] = DOWNLOADED) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(
-                model, revision=revision, allow_patterns=["*.safetensors", INDEX, "config.json", "README.md", *COMPANIONS]
-            )
-        )
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(files)))
     except HFValidationError as error:
         raise InvalidRequest(f"{model!r} is neither a local model nor a hub id: {error}") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -141,18 +197,12 @@ def _download(model: str, revision: str | None) -> Path:
 
 def _from_gguf(path: Path, name: str) -> Dense:
     """Converts a .gguf into a safetensors folder in the cache, once for each file content."""
-    if not path.is_file():
-        raise InvalidRequest(f"there is no file {path}")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise InvalidRequest(f"{path} is not a GGUF file: name a .gguf, a model folder or a hub id")
     digest = sha256_file(path)
-    folder = cache_root() / "dense" / f"{digest[:16]}-{CONVERSION}"
+    folder = cache_folder() / "dense" / f"{digest[:16]}-{CONVERSION}"
     if not folder.is_dir():
         with folder_written_whole(folder) as part:
             _convert_gguf(path, digest, part)
-    dense = _from_folder(folder, name)
-    return dense
+    return _from_folder(folder, name)
 
 
 def _convert_gguf(path: Path, digest: str, folder: Path) -> None:
@@ -160,10 +210,7 @@ def _convert_gguf(path: Path, digest: str, folder: Path) -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    metadata = _gguf_strings(path)
-    architecture = metadata.get("general.architecture")
-    if architecture != "llama":
-        raise InvalidRequest(f"{path} is a GGUF of architecture {architecture!r}; as a dense model only llama is read")
+    metadata = load_metadata(path).metadata
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
@@ -191,20 +238,6 @@ def _convert_gguf(path: Path, digest: str, folder: Path) -> None:
         "weights_note": f"dequantized to float32 from {path.name}; finer than that file's types the weights never were",
     }
     write_json(folder / "config.json", config)
-
-
-def _gguf_strings(path: Path) -> dict[str, str]:
-    from gguf import GGUFReader, GGUFValueType
-
-    try:
-        reader = GGUFReader(path)
-    except Exception as error:  # numpy and struct errors of many kinds on a truncated file
-        raise InvalidRequest(f"{path} is not a whole GGUF file: {error}") from error
-    return {
-        key: str(field.contents())
-        for key, field in reader.fields.items()
-        if field.types and field.types[0] == GGUFValueType.STRING and key != "tokenizer.chat_template"
-    }
 
 
 def copy_companions(dense: Path, expert: Path) -> None:

@@ -231,8 +231,8 @@ def load_statistics(path: Path) -> Statistics:
 
     grouped: dict[tuple[int, str], dict[str, Any]] = {}
     for name, tensor in load_file(path).items():
-        index, dimension, key = name.split("/")
-        grouped.setdefault((int(index), dimension), {})[key] = tensor
+        layer, dimension, key = name.split("/")
+        grouped.setdefault((int(layer), dimension), {})[key] = tensor
     statistics: Statistics = [{} for _ in range(1 + max(index for index, _ in grouped))]
     for (index, dimension), values in sorted(grouped.items()):
         moments = [

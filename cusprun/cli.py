@@ -1,0 +1,433 @@
+"""`cusprun-edge`: parses, calls, prints; no logic of its own. Heavy imports live in the commands."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cusprun import __version__
+from cusprun.errors import Failed, InvalidRequest
+
+app = typer.Typer(
+    name="cusprun-edge",
+    help="Turns a general language model into a small expert for one language, domain and task, and ships it.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+corpora_app = typer.Typer(help="The text that experts are made with.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(corpora_app, name="corpora")
+
+
+class Score(StrEnum):
+    """Which tokens of a window count."""
+
+    second_half = "second-half"
+    all = "all"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads; default: physical cores.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Against = Annotated[Path | None, typer.Option(help="The artifact to compare with, such as the dense model.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"cusprun-edge {__version__}")
+        raise typer.Exit
+
+
+def _flags(context: typer.Context) -> dict[str, Any]:
+    """The flags that were given on the command line, by field name."""
+    given = {}
+    for name, value in context.params.items():
+        source = context.get_parameter_source(name)
+        if name not in ("recipe", "json_", "model_argument") and source is not None and source.name != "DEFAULT":
+            given[name] = tuple(value) if isinstance(value, list) else value
+    return given
+
+
+@app.command()
+def build(
+    context: typer.Context,
+    model: Annotated[str | None, typer.Option(help="Dense model: a folder, a .gguf, a hub id, or the default.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit or tag of a hub model.")] = None,
+    lang: Annotated[str | None, typer.Option(help="Language of the scenario: en de fr es it pt.")] = None,
+    domain: Annotated[str | None, typer.Option(help="Domain: legal medical science software general.")] = None,
+    task: Annotated[str | None, typer.Option(help="Task: qa summarization classification translation.")] = None,
+    corpus: Annotated[list[str] | None, typer.Option(help="Your own text, FILE[:weight]; may be repeated.")] = None,
+    dim: Annotated[list[str] | None, typer.Option(help="A further dimension, NAME=FILE; may be repeated.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="A catalog entry not used by itself.")] = None,
+    method: Annotated[str | None, typer.Option(help="Importance criterion: cus-prun.")] = None,
+    combine: Annotated[str | None, typer.Option(help="intersection, mixture or max of the dimensions.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Share of all parameters that goes; default 0.25.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Remove what changes a layer by no more than this.")] = None,
+    layout: Annotated[str | None, typer.Option(help="per-layer widths, or uniform.")] = None,
+    align: Annotated[int | None, typer.Option(help="FFN widths are multiples of this.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Calibration tokens, shared by the dimensions.")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens of one calibration window.")] = None,
+    quant: Annotated[list[str] | None, typer.Option(help="GGUF type: f32 f16 q8_0 q4_0 q4_1 q4_k_m; repeat.")] = None,
+    measure: Annotated[bool | None, typer.Option("--measure/--no-measure", help="Measure dense and expert.")] = None,
+    eval_tokens: Annotated[int | None, typer.Option(help="Tokens of each evaluation text.")] = None,
+    questions: Annotated[int | None, typer.Option(help="Most multiple-choice questions to ask.")] = None,
+    repetitions: Annotated[int | None, typer.Option(help="Speed runs of each artifact.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling of text.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of measurements; default: physical cores.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the expert.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the expert; default experts/<name>.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A recipe.yaml to replay; other flags override it.")] = None,
+    json_: Json = False,
+) -> None:
+    """Build an expert: find what the scenario does not need, remove it, export, measure.
+
+    Example: cusprun-edge build --lang en --domain legal --task qa
+    """
+    _build(_flags(context), recipe, json_, upto="expert")
+
+
+@app.command()
+def prune(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Dense model: a folder, a .gguf, a hub id, or the default's name.")],
+    out: Annotated[Path, typer.Option(help="Folder of the expert.")],
+    revision: Annotated[str | None, typer.Option(help="Commit or tag of a hub model.")] = None,
+    lang: Annotated[str | None, typer.Option(help="Language of the scenario.")] = None,
+    domain: Annotated[str | None, typer.Option(help="Domain of the scenario.")] = None,
+    task: Annotated[str | None, typer.Option(help="Task of the scenario.")] = None,
+    corpus: Annotated[list[str] | None, typer.Option(help="Your own text, FILE[:weight]; may be repeated.")] = None,
+    dim: Annotated[list[str] | None, typer.Option(help="A further dimension, NAME=FILE; may be repeated.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="A catalog entry not used by itself.")] = None,
+    method: Annotated[str | None, typer.Option(help="Importance criterion: cus-prun.")] = None,
+    combine: Annotated[str | None, typer.Option(help="intersection, mixture or max of the dimensions.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Share of all parameters that goes; default 0.25.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Remove what changes a layer by no more than this.")] = None,
+    layout: Annotated[str | None, typer.Option(help="per-layer widths, or uniform.")] = None,
+    align: Annotated[int | None, typer.Option(help="FFN widths are multiples of this.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Calibration tokens, shared by the dimensions.")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens of one calibration window.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling of text.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    json_: Json = False,
+) -> None:
+    """Stop at the compacted model folder, <out>/model.
+
+    Example: cusprun-edge prune HuggingFaceTB/SmolLM2-360M-Instruct --lang en --domain legal --out expert
+    """
+    _build(_flags(context), None, json_, upto="model")
+
+
+def _build(flags: dict[str, Any], recipe: Path | None, as_json: bool, upto: str) -> None:
+    from cusprun.recipe import make_recipe, read_recipe
+
+    wish = read_recipe(recipe, flags) if recipe is not None else make_recipe(flags)
+    from cusprun.build import build as run
+
+    expert = run(wish, upto=upto)
+    if as_json:
+        _print_json(expert)
+        return
+    out = expert["folder"]
+    report = Path(out) / "report" / "report.json"
+    if upto == "expert" and report.is_file():
+        import json
+
+        from cusprun.benchmarks.tables import print_tables, report_tables
+
+        print_tables(report_tables(json.loads(report.read_text(encoding="utf-8"))))
+    for artifact in expert["artifacts"]:
+        typer.echo(f"{Path(out) / artifact['path']}  {artifact['bytes'] / 2**20:.1f} MiB")
+    typer.echo(f"{Path(out) / 'model'}  {expert['expert']['parameters'] / 1e6:.1f} M parameters")
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="A model folder, dense or compacted.")],
+    out: Annotated[Path, typer.Option(help="The .gguf file to write, or a folder for it.")],
+    quant: Annotated[str, typer.Option(help="f32 f16 q8_0 q4_0 q4_1 q4_k_m.")] = "q8_0",
+    name: Annotated[str | None, typer.Option(help="Name in the file; default: the folder's.")] = None,
+    threads: Threads = None,
+    json_: Json = False,
+) -> None:
+    """Write a model folder as a GGUF file that llama.cpp runs.
+
+    Example: cusprun-edge export expert/model --quant q4_0 --out expert-q4_0.gguf
+    """
+    from cusprun.exporters.gguf import export_gguf
+
+    name = name or (model.resolve().parent.name if model.name == "model" else model.resolve().name)
+    target = out if out.suffix == ".gguf" else out / f"{name}-{quant}.gguf"
+    if target.exists():
+        raise InvalidRequest(f"--out {target} exists; choose another name or remove it")
+    report = export_gguf(model, target, quant, name=name, threads=threads)
+    if json_:
+        _print_json(
+            {"path": str(report.path), "quant": quant, "arch": report.arch, "bytes": report.bytes,
+             "sha256": report.sha256, "fallbacks": [vars(fallback) for fallback in report.fallbacks]}
+        )  # fmt: skip
+    else:
+        typer.echo(f"{report.path}  {report.bytes / 2**20:.1f} MiB  {report.arch}")
+
+
+@app.command()
+def bench(
+    artifact: Annotated[list[Path], typer.Argument(help="A .gguf file, a model folder or an expert's folder.")],
+    against: Against = None,
+    prefill: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
+    decode: Annotated[int, typer.Option(help="Tokens generated.")] = 128,
+    repetitions: Annotated[int, typer.Option(help="Runs of each artifact, in alternation.")] = 5,
+    threads: Threads = None,
+    device: Device = "cpu",
+    json_: Json = False,
+) -> None:
+    """Measure tokens per second, time to first token, load time and memory, each run in a fresh process.
+
+    Example: cusprun-edge bench expert --against dense.gguf
+    """
+    from cusprun.benchmarks.speed import bench as measure
+    from cusprun.benchmarks.speed import ratios
+    from cusprun.benchmarks.tables import bench_table, print_tables
+
+    paths = [_artifact(path) for path in artifact] + ([_artifact(against)] if against else [])
+    rows = measure(
+        paths, prefill=prefill, decode=decode, repetitions=repetitions, threads=threads, device=_device(device)
+    )
+    compared = ratios(rows[0], rows[-1]) if against else None
+    if json_:
+        _print_json({"rows": [row.as_json() for row in rows], "ratios": compared})
+    else:
+        print_tables([bench_table([row.as_json() for row in rows], compared)])
+
+
+@app.command("eval")
+def evaluate(
+    artifact: Annotated[Path, typer.Argument(help="A .gguf file, a model folder or an expert's folder.")],
+    text: Annotated[Path, typer.Option(help="A text file to measure on.")],
+    against: Against = None,
+    context: Annotated[int, typer.Option(help="Tokens of one window.")] = 512,
+    score: Annotated[Score, typer.Option(help="Tokens of a window that count.")] = Score.second_half,
+    threads: Threads = None,
+    device: Device = "cpu",
+    json_: Json = False,
+) -> None:
+    """Perplexity and bits per byte of an artifact as it ships; with --against also the divergence from that one.
+
+    Example: cusprun-edge eval expert --text contracts.txt --against dense.gguf --json
+    """
+    from dataclasses import asdict
+
+    from cusprun.benchmarks.quality import evaluate as measure
+    from cusprun.corpora.document import Scenario
+    from cusprun.corpora.own import read_own
+
+    texts = [text.read_text(encoding="utf-8")] if _plain(text) else [d.text for d in read_own(text, "text", Scenario())]
+    found = measure(
+        _artifact(artifact),
+        texts,
+        against=_artifact(against) if against else None,
+        context=context,
+        score=score.value,
+        threads=threads,
+        device=_device(device),
+    )
+    if json_:
+        _print_json(asdict(found))
+    else:
+        for key, value in asdict(found).items():
+            if value is not None:
+                typer.echo(f"{key:<18} {value:.4f}" if isinstance(value, float) else f"{key:<18} {value}")
+
+
+@app.command()
+def chat(
+    artifact: Annotated[Path, typer.Argument(help="An expert's folder, a model folder or a .gguf file.")],
+    system: Annotated[str | None, typer.Option(help="What the assistant is told first.")] = None,
+    once: Annotated[str | None, typer.Option(help="Answer this prompt and leave.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Share of the probability to draw from.")] = 0.95,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the drawing.")] = 0,
+    threads: Threads = None,
+) -> None:
+    """Talk to an expert in the terminal; Ctrl-C ends an answer, Ctrl-D the talk. Text piped in is one prompt.
+
+    Example: cusprun-edge chat experts/smollm2-135m-instruct-en-legal-qa
+    """
+    from cusprun.deploy.chat import chat as talk
+    from cusprun.runtimes import Sampling
+
+    talk(artifact, system=system, once=once, sampling=Sampling(temperature, top_p, max_tokens, seed), threads=threads)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A model folder, a .gguf, a hub id, or the default's name.")],
+    json_: Json = False,
+) -> None:
+    """Print a model's family, sizes and units per layer, from its headers alone.
+
+    Example: cusprun-edge inspect smollm2-135m-instruct
+    """
+    from cusprun.dense import describe_model
+
+    found = describe_model(model)
+    if json_:
+        _print_json(found)
+        return
+    for key, value in found.items():
+        if key != "layers":
+            typer.echo(f"{key:<16} {value}")
+    for layer in found["layers"]:
+        units = f"ffn {layer['ffn']:>6}   heads {layer['heads']:>3}   kv heads {layer['kv_heads']:>3}"
+        typer.echo(f"layer {layer['layer']:>3}        {units}")
+
+
+@corpora_app.command("list")
+def corpora_list(json_: Json = False) -> None:
+    """List the catalog: language, domain, task, licence, size, whether it is here and was ever tried.
+
+    Example: cusprun-edge corpora list
+    """
+    from dataclasses import asdict
+
+    from cusprun.corpora.listing import list_entries
+
+    rows = list_entries()
+    if json_:
+        _print_json([asdict(row) for row in rows])
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("name", "lang", "domain", "task", "licence", "MiB", "use", "here", "tried"):
+        table.add_column(heading, justify="right" if heading == "MiB" else "left", overflow="fold")
+    for row in rows:
+        size = "" if row.bytes is None else f"{row.bytes / 2**20:.1f}"
+        here, tried = "yes" if row.cached else "no", "yes" if row.tried else "untried"
+        table.add_row(row.name, row.language, row.domain, row.task or "text", row.licence, size, row.use, here, tried)
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(table)
+
+
+@corpora_app.command("pull")
+def corpora_pull(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Catalog entries; default: those used by themselves.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Fetch, check and read text, so that builds work offline afterwards.
+
+    Example: cusprun-edge corpora pull
+    """
+    from dataclasses import asdict
+
+    from cusprun.corpora.listing import pull
+
+    rows = pull(names or [])
+    if json_:
+        _print_json([asdict(row) for row in rows])
+    else:
+        for row in rows:
+            typer.echo(f"{row.name}  {row.source}")
+
+
+@corpora_app.command("show")
+def corpora_show(
+    name: Annotated[str, typer.Argument(help="A catalog entry.")],
+    count: Annotated[int, typer.Option("-n", "--count", help="Documents of each side.")] = 2,
+    json_: Json = False,
+) -> None:
+    """Show the first documents of an entry on either side of the split.
+
+    Example: cusprun-edge corpora show tort-law-qa
+    """
+    from dataclasses import asdict
+
+    from cusprun.corpora.listing import show
+
+    samples = show(name, count)
+    if json_:
+        _print_json([asdict(sample) for sample in samples])
+        return
+    for sample in samples:
+        typer.echo(f"--- {sample.document.id} ({sample.side}, {len(sample.document.text)} characters)")
+        typer.echo(sample.document.text[:2000])
+
+
+def _artifact(path: Path) -> Path:
+    """The .gguf or model folder that a path stands for."""
+    from cusprun.deploy.chat import find_artifact
+
+    return find_artifact(path)
+
+
+def _plain(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() in (".txt", ".md") and path.stat().st_size > 0
+
+
+def _device(value: str) -> str:
+    if value not in ("cpu", "cuda"):
+        raise InvalidRequest(f"--device {value}: write cpu or cuda")
+    return value
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def main() -> None:
+    """Runs the command line; errors of ours become one message on stderr and their exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    sys.exit(_run(app))
+
+
+def _run(command: Callable[..., Any]) -> int:
+    try:
+        command(standalone_mode=False)
+    except (InvalidRequest, Failed) as error:
+        print(f"cusprun-edge: {error}" if "\n" not in str(error) else f"cusprun-edge:\n{error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("cusprun-edge: interrupted; the same command goes on from the last finished stage", file=sys.stderr)
+        return 130
+    except typer.Abort:
+        return 130
+    except BrokenPipeError:
+        return 1
+    except OSError as error:
+        print(f"cusprun-edge: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if not (hasattr(error, "show") and hasattr(error, "exit_code")):  # not the parser's own usage errors
+            raise
+        error.show()
+        return int(error.exit_code)
+    return 0
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

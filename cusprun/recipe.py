@@ -1,0 +1,141 @@
+"""The whole wish as one validated object: what a command line says, what YAML keeps, what a build reads.
+
+Every flag of ``cusprun-edge build`` is a field here under the same name (dashes as underscores), and the other way
+round. Values that cannot be are refused together, in one message with the legal values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cusprun.errors import InvalidRequest
+from cusprun.files import written_whole
+
+METHODS = ("cus-prun",)
+DEFAULT_RATIO = 0.25
+DEFAULT_MODEL = "smollm2-135m-instruct"
+DEFAULT_TOKENS = 65536
+WINDOW = 512
+
+Quant = Literal["f32", "f16", "q8_0", "q4_0", "q4_1", "q4_k_m"]
+
+
+class Recipe(BaseModel):
+    """What to build. ``out`` says where; a recipe.yaml inside an expert leaves it out, its folder is the answer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    model: str = Field(DEFAULT_MODEL, min_length=1, description="dense model: default name, folder, .gguf or hub id")
+    revision: str | None = Field(None, description="commit or tag of a hub model")
+    lang: str | None = Field(None, description="language of the scenario")
+    domain: str | None = Field(None, description="domain of the scenario")
+    task: str | None = Field(None, description="task of the scenario")
+    corpus: tuple[str, ...] = Field((), description="the user's own text, FILE[:weight]")
+    dim: tuple[str, ...] = Field((), description="a further dimension, NAME=FILE")
+    include: tuple[str, ...] = Field((), description="catalog entries to use that are not used by themselves")
+    method: Literal["cus-prun"] = Field("cus-prun", description="importance criterion")
+    combine: Literal["intersection", "mixture", "max"] = Field("intersection", description="how dimensions combine")
+    ratio: float | None = Field(None, gt=0, lt=1, description="share of all parameters that goes")
+    epsilon: float | None = Field(None, gt=0, lt=1, description="remove what changes a layer by no more than this")
+    layout: Literal["per-layer", "uniform"] = Field("per-layer", description="widths by layer, or one for all")
+    align: int | None = Field(None, ge=1, le=1024, description="FFN widths are multiples of this")
+    tokens: int = Field(DEFAULT_TOKENS, ge=1024, description="calibration tokens, shared by the dimensions")
+    window: int = Field(WINDOW, ge=16, description="tokens of one calibration window")
+    quant: tuple[Quant, ...] = Field(("q8_0",), min_length=1, description="GGUF types to write")
+    measure: bool = Field(True, description="measure dense and expert after the export")
+    eval_tokens: int = Field(16384, ge=1024, description="tokens of each evaluation text")
+    questions: int = Field(100, ge=1, description="most questions to ask")
+    repetitions: int = Field(5, ge=2, description="speed runs of each artifact")
+    seed: int = Field(0, ge=0, description="seed of the sampling of text")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="where statistics are taken and artifacts measured")
+    threads: int | None = Field(None, ge=1, description="threads of measurements; default: physical cores")
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the expert")
+    out: Path | None = Field(None, description="folder of the expert")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        problems = []
+        if self.ratio is not None and self.epsilon is not None:
+            problems.append("ratio and epsilon are two ways to say how much goes: give one")
+        if not (self.lang or self.domain or self.task or self.corpus or self.dim):
+            problems.append("a scenario needs at least one of lang, domain, task, corpus, dim")
+        if self.tokens < 4 * self.window:
+            problems.append(f"tokens {self.tokens} is less than four windows of {self.window}")
+        if len(set(self.quant)) < len(self.quant):
+            problems.append("quant names a type twice")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def removed_share(self) -> float | None:
+        """The ratio asked for; None where ε decides."""
+        return None if self.epsilon is not None else (DEFAULT_RATIO if self.ratio is None else self.ratio)
+
+    def key(self, *fields: str) -> str:
+        """Hex sha256 over the named fields, for the content hashes of stages."""
+        values = self.model_dump(mode="json", include=set(fields))
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML without ``out``."""
+        text: str = yaml.safe_dump(self.model_dump(mode="json", exclude={"out"}), sort_keys=False, allow_unicode=True)
+        return text
+
+    def save(self, path: Path) -> None:
+        """Writes YAML, whole or not at all."""
+        with written_whole(path) as part:
+            part.write_text(self.to_yaml(), encoding="utf-8")
+
+
+def make_recipe(values: dict[str, Any]) -> Recipe:
+    """A recipe of these values. Raises one InvalidRequest that lists every unknown key and impossible value."""
+    try:
+        return Recipe(**values)
+    except ValidationError as error:
+        raise InvalidRequest.together(_explain(error)) from None
+
+
+def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """The recipe of a YAML file; ``overrides`` replace its values.
+
+    Raises InvalidRequest where the file is missing, no YAML mapping, or holds what :func:`make_recipe` refuses.
+    """
+    if not path.is_file():
+        raise InvalidRequest(f"--recipe {path}: there is no such file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"--recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise InvalidRequest(
+            f"--recipe {path} must hold `field: value` lines; fields: {', '.join(Recipe.model_fields)}"
+        )
+    return make_recipe({**{str(key): value for key, value in values.items()}, **(overrides or {})})
+
+
+def _explain(error: ValidationError) -> list[str]:
+    """One line for each fault: the field, what was given, what is legal."""
+    lines = []
+    faults = error.errors()
+    inside = {fault["loc"][0] for fault in faults if len(fault["loc"]) > 1}
+    for fault in faults:
+        name = str(fault["loc"][0]) if fault["loc"] else ""
+        if fault["type"] == "too_short" and name in inside:
+            continue  # the list is short because its items were refused
+        given, context = fault["input"], fault.get("ctx", {})
+        if fault["type"] == "extra_forbidden":
+            lines.append(f"{name}: no such field; fields: {', '.join(Recipe.model_fields)}")
+        elif fault["type"] == "literal_error":
+            lines.append(f"{name}: {given!r} is not one of {context['expected'].replace(' or ', ', ')}")
+        elif fault["type"] == "value_error":
+            lines.append(str(context["error"]))
+        else:
+            lines.append(f"{name}: {given!r} cannot be: {fault['msg'][0].lower()}{fault['msg'][1:]}")
+    return lines

@@ -1,0 +1,104 @@
+"""Finished stages of a build by content hash: a stage whose inputs and outputs are unchanged is not run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cusprun.errors import InvalidRequest
+from cusprun.files import sha256_file, write_json
+from cusprun.progress import say
+
+
+class Stages:
+    """The stages of one output folder; each finished one has a record in ``.stages``."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.folder = out / ".stages"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def run(self, name: str, key: str, outputs: Sequence[Path], work: Callable[[], Any], *, listed: bool = True) -> Any:
+        """The JSON value of ``work``, or of the record where ``key`` is the same and every output is as it was.
+
+        ``outputs`` are files or folders below the output folder that ``work`` leaves, whole or not at all.
+        """
+        record = self._read(name)
+        if record is not None and record["key"] == key and record["outputs"] == self._hashes(outputs):
+            if listed:
+                say(f"{name}: done before, kept")
+            return record["value"]
+        self._path(name).unlink(missing_ok=True)
+        start = time.monotonic()
+        value = work()
+        seconds = time.monotonic() - start
+        found = {"key": key, "outputs": self._hashes(outputs), "seconds": round(seconds, 2), "value": value}
+        write_json(self._path(name), found)
+        if listed:
+            say(f"{name}: {seconds:.1f} s")
+        return json.loads(json.dumps(value))
+
+    def seconds(self) -> dict[str, float]:
+        """How long each finished stage took when it ran."""
+        names = sorted(path.stem for path in self.folder.glob("*.json"))
+        return {name: record["seconds"] for name in names if (record := self._read(name)) is not None}
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        try:
+            record = json.loads(self._path(name).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return record if isinstance(record, dict) and {"key", "outputs", "seconds", "value"} <= record.keys() else None
+
+    def _hashes(self, outputs: Sequence[Path]) -> dict[str, str] | None:
+        """sha256 of every file below ``outputs``; None where one is missing."""
+        hashes = {}
+        for output in outputs:
+            if not output.exists():
+                return None
+            files = [output] if output.is_file() else sorted(path for path in output.rglob("*") if path.is_file())
+            hashes.update({path.relative_to(self.out).as_posix(): sha256_file(path) for path in files})
+        return hashes
+
+
+@contextmanager
+def sole_builder(out: Path) -> Iterator[None]:
+    """Holds the output folder for one build. Raises InvalidRequest where another build is at work in it."""
+    from filelock import FileLock, Timeout
+
+    folder = out / ".stages"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InvalidRequest(
+            f"--out {out}: another build is at work there; wait for it or choose another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def sweep(folder: Path) -> None:
+    """Removes what killed processes left half-written below ``folder`` (names that cusprun.files gives)."""
+    for path in [*folder.rglob(".*.part"), *folder.rglob(".*.part.*")]:
+        found = re.fullmatch(r"\..*\.(\d+)\.[0-9a-f]{8}\.part.*", path.name)
+        if found and not psutil.pid_exists(int(found[1])) and path.exists():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                os.unlink(path)

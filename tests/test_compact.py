@@ -1,0 +1,131 @@
+"""The central test: a compacted model answers as the dense one with the same units masked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cusprun.anatomy import describe
+from cusprun.checkpoint import Weights, load_model
+from cusprun.compact import compact, unit_indices
+from cusprun.importance import LayerMatrices, find_criterion
+from cusprun.importance.combine import combine_layer
+from cusprun.plan import Layout, Plan, plan_ratio
+from cusprun.statistics import collect
+from tests import pico
+
+IDS = np.random.default_rng(2).integers(3, 400, size=(4, 48))
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gqa-tied": ("llama", {}),
+    "gqa-untied": ("llama", {"tie_word_embeddings": False}),
+    "mha": ("llama", {"num_key_value_heads": 4}),
+    "mha-untied": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": False}),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "biases-mha-untied": ("llama", {"attention_bias": True, "num_key_value_heads": 4, "tie_word_embeddings": False}),
+    "mistral": ("mistral", {"tie_word_embeddings": False}),
+    "wide-heads": ("llama", {"head_dim": 32}),
+}
+
+
+def plan_of(folder: Path, layout: Layout, ratio: float) -> Plan:
+    anatomy, weights = describe(folder), Weights(folder)
+    scores = [
+        combine_layer(
+            seen,
+            LayerMatrices(
+                weights[f"model.layers.{index}.mlp.down_proj.weight"],
+                weights[f"model.layers.{index}.self_attn.o_proj.weight"],
+            ),
+            find_criterion("cus-prun"),
+            "intersection",
+            {},
+        )
+        for index, seen in enumerate(collect(folder, anatomy, {"language": IDS[:2], "task": IDS[2:]}))
+    ]
+    return plan_ratio(anatomy, scores, ratio, align=8, layout=layout)
+
+
+def masked(folder: Path, plan: Plan) -> Any:
+    """The dense model with the columns that read removed units set to zero."""
+    model = load_model(folder)
+    for index, (kept, layer) in enumerate(zip(plan.layers, model.model.layers, strict=True)):
+        before = plan.dense.layers[index]
+        columns = torch.ones(before.ffn, dtype=torch.bool)
+        columns[list(kept.ffn)] = False
+        layer.mlp.down_proj.weight.data[:, columns] = 0
+        heads = torch.ones(before.heads * plan.dense.head_dim, dtype=torch.bool)
+        heads[unit_indices(kept, "heads", before.heads // before.kv_heads, plan.dense.head_dim)] = False
+        layer.self_attn.o_proj.weight.data[:, heads] = 0
+    return model
+
+
+@pytest.mark.parametrize("layout", ["per-layer", "uniform"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_compacted_equals_masked(tmp_path: Path, kind: str, layout: Layout) -> None:
+    family, settings = KINDS[kind]
+    folder = pico.save_model(tmp_path / "dense", family, **settings)
+    plan = plan_of(folder, layout, 0.3)
+    assert plan.removed_share > 0.2
+    compact(folder, plan, tmp_path / "expert")
+    expert = load_model(tmp_path / "expert")
+    assert sum(p.numel() for p in expert.parameters()) == plan.expert.parameters < plan.dense.parameters
+    ids = torch.from_numpy(IDS)
+    with torch.no_grad():
+        difference = (masked(folder, plan)(ids).logits - expert(ids).logits).abs().max()
+        changed = (load_model(folder)(ids).logits - expert(ids).logits).abs().max()
+    assert difference <= 1e-4
+    assert changed > 1e-2  # the cut is no empty one
+    assert describe(tmp_path / "expert") == plan.expert
+    assert all(
+        (tensor != 0).any(0).all()
+        for name, tensor in load_file(tmp_path / "expert" / "model.safetensors").items()
+        if name.endswith("down_proj.weight")
+    )
+
+
+def test_uniform_layouts_load_without_cusprun(tmp_path: Path, pico_model: Path) -> None:
+    import subprocess
+    import sys
+
+    compact(pico_model, plan_of(pico_model, "uniform", 0.3), tmp_path / "expert")
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM as A; "
+        f"m = A.from_pretrained({str(tmp_path / 'expert')!r}); "
+        "assert not any(name.split('.')[0] == 'cusprun' for name in sys.modules); print(type(m).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "LlamaForCausalLM"
+
+
+def test_element_types_and_companions_are_kept(tmp_path: Path, pico_model: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "half"
+    shutil.copytree(pico_model, folder)
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    compact(folder, plan_of(folder, "per-layer", 0.3), tmp_path / "expert")
+    assert {Weights(tmp_path / "expert").dtype(name) for name in Weights(tmp_path / "expert")} == {"BF16"}
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        assert (tmp_path / "expert" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_failing_tensor_leaves_nothing(tmp_path: Path, pico_model: Path) -> None:
+    import shutil
+
+    from cusprun.errors import Failed
+
+    plan = plan_of(pico_model, "per-layer", 0.3)
+    folder = tmp_path / "nan"
+    shutil.copytree(pico_model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 3] = float("inf")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Failed, match=r"model\.layers\.2\.mlp\.up_proj\.weight"):
+        compact(folder, plan, tmp_path / "expert")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["nan"]
