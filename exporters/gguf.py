@@ -85,14 +85,17 @@ def export_gguf(
         raise InvalidRequest(f"quantization {quant!r} is unknown: write one of {', '.join(QUANTS)}")
     gguf_metadata.check_metadata(metadata or {})
     source = _Source(model_dir, name or model_dir.resolve().name, metadata or {})
-    with written_whole(out) as part:
-        if quant in WRITTEN:
-            source.write(part, quant.upper(), QUANTS[quant])
-        else:
-            with _scratch(part) as whole:
-                source.write(whole, source.matrix_type, QUANTS["f16" if source.matrix_type == "F16" else "f32"])
-                run_in_child(quantize_file, str(whole), str(part), int(QUANTS[quant]), threads or default_threads())
-        info = load_metadata(part)
+    try:
+        with written_whole(out) as part:
+            if quant in WRITTEN:
+                source.write(part, quant.upper(), QUANTS[quant])
+            else:
+                with _scratch(part) as whole:
+                    source.write(whole, source.matrix_type, QUANTS["f16" if source.matrix_type == "F16" else "f32"])
+                    run_in_child(quantize_file, str(whole), str(part), int(QUANTS[quant]), threads or default_threads())
+            info = load_metadata(part)
+    except OSError as error:
+        raise Failed(f"{out} could not be written: {error.strerror or error}") from error
     fallbacks = tuple(find_fallbacks(info.tensors, quant))
     if fallbacks:
         say(f"{out.name}: larger type for rows that do not divide into blocks, in tensors: {len(fallbacks)}")

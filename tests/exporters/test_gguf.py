@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import struct
 from pathlib import Path
@@ -197,6 +198,25 @@ def test_failed_quantization_leaves_the_old_file(folder: Path, tmp_path: Path) -
         export_gguf(folder, out, "q8_0")
     assert sha256_file(out) == before
     assert [path.name for path in out.parent.iterdir()] == ["x.gguf"]
+
+
+@pytest.mark.parametrize("quant", ["f16", "q4_0"])
+def test_disk_that_takes_no_more(folder: Path, tmp_path: Path, quant: str) -> None:
+    out = tmp_path / "out"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        with pytest.raises(Failed, match=r"x\.gguf could not be written"):
+            export_gguf(folder, out / "x.gguf", quant)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(out.iterdir()) == []
+
+
+def test_output_where_a_file_is_in_the_way(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file, not a folder")
+    with pytest.raises(Failed, match="could not be written"):
+        export_gguf(folder, tmp_path / "out" / "x.gguf", "f16")
 
 
 def test_every_quant_is_what_it_says(folder: Path, tmp_path: Path) -> None:
