@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from cusprun.anatomy import FAMILIES, Anatomy, Family, read_config
+from cusprun.anatomy import FAMILIES, Anatomy, Family, describe
 from cusprun.errors import Failed, InvalidRequest
 
 if TYPE_CHECKING:
@@ -191,12 +191,13 @@ def per_layer_class_name(family: Family) -> str:
 def load_model(folder: Path, dtype: str = "float32") -> Any:
     """The model of a folder, dense or compacted, through AutoModelForCausalLM, on the CPU, in eval mode.
 
-    Raises Failed naming what transformers could not load.
+    Raises InvalidRequest naming tensors that are missing or misshapen (transformers would fill them at random), Failed
+    with what transformers could not load.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    read_config(folder)
+    Weights(folder).check(describe(folder))
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:

@@ -1,0 +1,224 @@
+"""The whole build on a tiny model: what it leaves, how it goes on, that it always ends with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from cusprun.anatomy import describe
+from cusprun.files import sha256_file
+from cusprun.runtimes.gguf_header import load_metadata
+from tests import pico
+
+SMALL = ["--tokens", "2048", "--window", "64", "--align", "8", "--quant", "f32"]
+QUICK = [*SMALL, "--no-measure"]
+MEASURED = [*SMALL, "--eval-tokens", "1024", "--repetitions", "2"]
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "cusprun.cli", *map(str, arguments)]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def artifacts(out: Path) -> dict[str, str]:
+    """sha256 of everything that ships and does not hold times."""
+    files = [*out.glob("gguf/*"), *out.glob("model/*"), out / "recipe.yaml"]
+    return {path.relative_to(out).as_posix(): sha256_file(path) for path in sorted(files)}
+
+
+@pytest.fixture(scope="module")
+def expert(tmp_path_factory: pytest.TempPathFactory, pico_model: Path, own_text: Path) -> Path:
+    """A measured expert of the tiny model, for a text of the user's own."""
+    out = tmp_path_factory.mktemp("build") / "expert"
+    done = run("build", "--model", pico_model, "--corpus", own_text, "--out", out, "--ratio", 0.3, "--json", *MEASURED)
+    document = json.loads(done.stdout)  # one JSON document and nothing else
+    assert document["folder"] == str(out)
+    for line in ("model     ", "scenario  ", "text      ", "needs     "):
+        assert line in done.stderr
+    return out
+
+
+def test_what_a_build_leaves(expert: Path) -> None:
+    assert {path.name for path in expert.iterdir()} == {
+        "recipe.yaml", "expert.json", "model", "gguf", "report", ".stages"
+    }  # fmt: skip
+    assert not [path for path in expert.rglob("*") if ".part" in path.name]
+    recipe = yaml.safe_load((expert / "recipe.yaml").read_text())
+    assert recipe["ratio"] == 0.3
+    assert "out" not in recipe
+
+
+def test_expert_json(expert: Path) -> None:
+    card = json.loads((expert / "expert.json").read_text())
+    assert card["schema_version"] == 1
+    anatomy = describe(expert / "model")
+    assert card["expert"]["parameters"] == anatomy.parameters
+    assert card["expert"]["macs_per_token"] == anatomy.macs_per_token
+    assert 1 - card["expert"]["parameters"] / card["base"]["parameters"] == pytest.approx(0.3, abs=0.01)
+    assert [row["ffn_expert"] for row in card["expert"]["widths"]] == [layer.ffn for layer in anatomy.layers]
+    (artifact,) = card["artifacts"]
+    path = expert / artifact["path"]
+    assert artifact["sha256"] == sha256_file(path)
+    assert artifact["bytes"] == path.stat().st_size
+    assert artifact["proof"]["top1_agreement"] >= 0.999
+    assert artifact["proof"]["kld_mean"] <= 1e-4
+    assert load_metadata(path).parameters == anatomy.parameters
+    assert card["figures"]["parameters"]["ratio"] == pytest.approx(0.7, abs=0.01)
+
+
+def test_report_json(expert: Path) -> None:
+    report = json.loads((expert / "report" / "report.json").read_text())
+    for side in ("expert", "dense"):
+        row = report["speed"][side]
+        for figure in ("prefill_tps", "decode_tps"):
+            assert row[figure]["n"] == 2
+            assert row[figure]["mean"] > 0
+        for figure in ("ttft_ms", "load_s", "peak_rss_bytes", "file_bytes", "parameters", "macs_per_token"):
+            assert row[figure] > 0
+    quality = report["quality"]["corpora"]["scenario"]
+    assert quality["expert"]["perplexity"] > 1
+    assert quality["expert"]["bits_per_byte"] > 0
+    assert len(report["layers"]) == 3
+    assert {row["side"] for row in report["corpora"]} == {"calibration", "held-out"}
+    assert report["method"]["calibration_tokens"] == 2048
+    assert (expert / "report" / "report.md").is_file()
+
+
+def test_calibration_text_is_not_evaluated_on(expert: Path, pico_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(pico_model)
+    windows = load_file(expert / ".stages" / "windows.safetensors")
+    seen = " ".join(tokenizer.decode(window) for ids in windows.values() for window in ids)
+    for line in (expert / ".stages" / "texts.jsonl").read_text().splitlines():
+        for document in json.loads(line)["documents"]:
+            sentences = [sentence for sentence in document.split(". ") if len(sentence) > 40]
+            assert sentences
+            assert not [sentence for sentence in sentences if sentence in seen]
+
+
+def test_the_same_command_keeps_every_stage(expert: Path, pico_model: Path, own_text: Path) -> None:
+    before = artifacts(expert)
+    done = run("build", "--model", pico_model, "--corpus", own_text, "--out", expert, "--ratio", 0.3, *MEASURED)
+    for stage in ("text", "statistics", "plan", "model", "gguf.f32", "speed.f32", "quality.f32"):
+        assert f"{stage}: done before, kept" in done.stderr
+    assert artifacts(expert) == before
+    assert "decode" in done.stdout  # the table
+    assert str(expert / "gguf") in done.stdout
+
+
+def test_a_recipe_replayed_gives_the_same_weights(expert: Path, tmp_path: Path) -> None:
+    run("build", "--recipe", expert / "recipe.yaml", "--out", tmp_path / "again", "--no-measure")
+    again = artifacts(tmp_path / "again")
+    assert {name: digest for name, digest in artifacts(expert).items() if name != "recipe.yaml"} == {
+        name: digest for name, digest in again.items() if name != "recipe.yaml"
+    }
+
+
+def test_a_damaged_artifact_is_made_again(expert: Path, pico_model: Path, own_text: Path) -> None:
+    before = artifacts(expert)
+    (path,) = expert.glob("gguf/*.gguf")
+    path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+    (expert / "model" / "config.json").unlink()
+    run("build", "--model", pico_model, "--corpus", own_text, "--out", expert, "--ratio", 0.3, *MEASURED)
+    assert artifacts(expert) == before
+
+
+def test_prune_stops_at_the_model_folder(tmp_path: Path, pico_model: Path, own_text: Path) -> None:
+    out = tmp_path / "pruned"
+    run("prune", pico_model, "--corpus", own_text, "--out", out, "--epsilon", 0.05, "--layout", "uniform",
+        "--tokens", 2048, "--window", 64, "--align", 8)  # fmt: skip
+    anatomy = describe(out / "model")
+    assert anatomy.uniform
+    assert anatomy.parameters < describe(pico_model).parameters
+    assert not (out / "gguf").exists()
+    target = tmp_path / "exported"
+    run("export", out / "model", "--quant", "f16", "--out", target)
+    assert load_metadata(next(target.glob("*.gguf"))).architecture == "llama"
+
+
+def test_a_further_dimension_takes_part(tmp_path: Path, pico_model: Path, own_text: Path) -> None:
+    from tests.conftest import write_text
+
+    style = write_text(tmp_path / "style.txt", 1600, seed=11)
+    out = tmp_path / "expert"
+    run("build", "--model", pico_model, "--corpus", f"{own_text}:2", "--dim", f"style={style}", "--combine", "max",
+        "--out", out, *QUICK)  # fmt: skip
+    assert set(load_file(out / ".stages" / "windows.safetensors")) == {"general", "style"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_says_that_the_same_command_goes_on(
+    tmp_path: Path, pico_model: Path, own_text: Path, number: signal.Signals
+) -> None:
+    arguments = command("build", "--model", pico_model, "--corpus", own_text, "--out", tmp_path / "e", *QUICK)
+    process = subprocess.Popen(
+        arguments,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("needs"):
+            break
+    process.send_signal(number)
+    message = process.stderr.read()
+    assert process.wait(60) == 130
+    assert "the same command goes on" in message
+    assert "Traceback" not in message
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes(
+    tmp_path: Path, pico_model: Path, own_text: Path
+) -> None:
+    def build(out: Path) -> list[str]:
+        return command("build", "--model", pico_model, "--corpus", own_text, "--out", out, "--quant", "q8_0", *QUICK)
+
+    start = time.monotonic()
+    subprocess.run(build(tmp_path / "whole"), check=True, capture_output=True)
+    duration = time.monotonic() - start
+    whole = artifacts(tmp_path / "whole")
+    assert {name.split("/")[0] for name in whole} == {"gguf", "model", "recipe.yaml"}
+    chance = random.Random(20261122)
+    interrupted = 0
+    for number in range(10):
+        out = tmp_path / f"killed-{number}"
+        process = subprocess.Popen(
+            build(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            process.wait(duration * chance.uniform(0.15, 0.98))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            interrupted += 1
+        done = subprocess.run(build(out), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert artifacts(out) == whole
+        assert not [path for path in out.rglob("*") if ".part" in path.name]
+    assert interrupted >= 7
+
+
+def test_tied_and_untied_mistral_build(tmp_path: Path, own_text: Path) -> None:
+    model = pico.save_model(tmp_path / "mistral", "mistral", tie_word_embeddings=False)
+    run("build", "--model", model, "--corpus", own_text, "--out", tmp_path / "e", *QUICK)
+    card = json.loads((tmp_path / "e" / "expert.json").read_text())
+    assert card["artifacts"][0]["arch"] == "deci"
