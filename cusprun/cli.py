@@ -403,15 +403,12 @@ def main() -> None:
 
 def _run(command: Callable[..., Any]) -> int:
     try:
-        command(standalone_mode=False)
+        code = command(standalone_mode=False)  # the parser turns Ctrl-C into the code 130
     except (InvalidRequest, Failed) as error:
         print(f"cusprun-edge: {error}" if "\n" not in str(error) else f"cusprun-edge:\n{error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("cusprun-edge: interrupted; the same command goes on from the last finished stage", file=sys.stderr)
-        return 130
-    except typer.Abort:
-        return 130
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
     except BrokenPipeError:
         return 1
     except OSError as error:
@@ -422,7 +419,9 @@ def _run(command: Callable[..., Any]) -> int:
             raise
         error.show()
         return int(error.exit_code)
-    return 0
+    if code == 130:
+        print("cusprun-edge: interrupted; the same command goes on from the last finished stage", file=sys.stderr)
+    return code if isinstance(code, int) else 0
 
 
 def _interrupt(signum: int, frame: Any) -> None:
