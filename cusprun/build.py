@@ -20,11 +20,8 @@ from pydantic import TypeAdapter
 from cusprun import __version__
 from cusprun.checkpoint import Weights
 from cusprun.compact import compact
-from cusprun.corpora import Document, WeightedDocument, fingerprint
 from cusprun.corpora.cache import cache_folder
-from cusprun.corpora.catalog import load_catalog
-from cusprun.corpora.packing import pack_windows, render
-from cusprun.corpora.sampling import dimension_corpora, evaluation_texts, questions
+from cusprun.corpora.selection import Selection, read_texts, read_windows
 from cusprun.dense import Dense, find_dense
 from cusprun.files import sha256_file, written_whole
 from cusprun.importance import LayerMatrices, find_criterion
@@ -68,7 +65,7 @@ class _Build:
         self.align = self.recipe.align or default_align(self.dense.anatomy, self.recipe.quant)
 
     def run(self, upto: str) -> dict[str, Any]:
-        text = self.stage("text", [self._text_inputs()], [self.windows_path, self.texts_path], self._text)
+        text = self._text()
         plan = self._planned(text)
         model = self.stage("model", [plan["key"]], [self.out / "model"], lambda: self._compact(plan["value"]))
         if upto == "model":
@@ -95,63 +92,21 @@ class _Build:
     def texts_path(self) -> Path:
         return self.stages.folder / "texts.jsonl"
 
-    def _text_inputs(self) -> str:
-        own = [sha256_path(text.path) + str(text.weight) for text in self.prepared.own]
-        dims = {name: sha256_path(path) for name, path in self.prepared.dims.items()}
-        catalog = [entry.model_dump(mode="json", exclude={"tried"}) for entry in load_catalog()]
-        fields = self.recipe.key("lang", "domain", "task", "include", "tokens", "window", "seed")
-        tokenizer = sha256_file(self.dense.folder / "tokenizer.json")
-        return json.dumps([fields, own, dims, catalog, tokenizer], sort_keys=True)
-
     def _text(self) -> dict[str, Any]:
-        """Calibration windows by dimension and the held-out texts; returns what they were made of."""
-        from safetensors.numpy import save_file
-        from transformers import AutoTokenizer
-
+        """Calibration windows by dimension and the held-out texts."""
         prepared, recipe = self.prepared, self.recipe
-        tokenizer = AutoTokenizer.from_pretrained(self.dense.folder)
-        corpora = dimension_corpora(prepared.scenario, prepared.own, prepared.dims, named=recipe.include)
-        share = recipe.tokens // len(corpora)
-        windows = {
-            name: pack_windows(documents, tokenizer, share, recipe.window, recipe.seed)
-            for name, documents in corpora.items()
-        }
-        texts = evaluation_texts(prepared.scenario, prepared.own, prepared.dims, named=recipe.include)
-        asked = questions(prepared.scenario, prepared.own, named=recipe.include)
-        with written_whole(self.windows_path) as part:
-            save_file(windows, part)
-        with written_whole(self.texts_path) as part, part.open("w", encoding="utf-8") as file:
-            for name, documents in texts.items():
-                shuffled = sorted(documents, key=_scatter)
-                rendered = [render(document, tokenizer) for document in shuffled]
-                file.write(json.dumps({"text": name, "documents": rendered}, ensure_ascii=False) + "\n")
-            chosen = sorted(asked, key=_scatter)[: recipe.questions]
-            for document in chosen:
-                if document.question is not None:
-                    file.write(json.dumps({"question": asdict(document.question)}, ensure_ascii=False) + "\n")
-        rows = [
-            _corpus_row(name, "calibration", documents, int(windows[name].size)) for name, documents in corpora.items()
-        ]
-        rows += [_corpus_row(name, "held-out", documents, None) for name, documents in texts.items()]
-        return {"corpora": [row for group in rows for row in group], "questions": len(chosen)}
+        selection = Selection(
+            prepared.scenario, prepared.own, prepared.dims, recipe.include,
+            recipe.tokens, recipe.window, recipe.questions, recipe.seed,
+        )  # fmt: skip
 
-    def read_windows(self) -> dict[str, np.ndarray]:
-        from safetensors.numpy import load_file
+        def select() -> dict[str, Any]:
+            from transformers import AutoTokenizer
 
-        windows = load_file(self.windows_path)
-        return {name: windows[name] for name in sorted(windows)}
+            return selection.write(AutoTokenizer.from_pretrained(self.dense.folder), self.windows_path, self.texts_path)
 
-    def read_texts(self) -> tuple[dict[str, list[str]], list[dict[str, Any]]]:
-        """Held-out texts by name, rendered, and the questions."""
-        texts, asked = {}, []
-        with self.texts_path.open(encoding="utf-8") as file:
-            for line in file:
-                row = json.loads(line)
-                if "question" in row:
-                    asked.append(row["question"])
-                else:
-                    texts[row["text"]] = row["documents"]
-        return texts, asked
+        inputs = [selection.key(), self.dense.sha256]
+        return self.stage("text", inputs, [self.windows_path, self.texts_path], select)
 
     # the cut ---------------------------------------------------------------------------------------------------------
 
@@ -159,7 +114,7 @@ class _Build:
         statistics_path = self.stages.folder / "statistics.safetensors"
 
         def take() -> None:
-            windows = self.read_windows()
+            windows = read_windows(self.windows_path)
             found = collect(self.dense.folder, self.dense.anatomy, windows, device=self.recipe.device)
             save_statistics(found, statistics_path)
 
@@ -238,7 +193,7 @@ class _Build:
         """Held-out text in windows, for the comparison with torch."""
         from transformers import AutoTokenizer
 
-        texts, _ = self.read_texts()
+        texts, _ = read_texts(self.texts_path)
         tokenizer = AutoTokenizer.from_pretrained(self.dense.folder)
         ids: list[int] = []
         for document in next(iter(texts.values()), []):
@@ -248,7 +203,9 @@ class _Build:
         count = min(PROOF_WINDOWS, len(ids) // self.recipe.window)
         if count:
             return np.array(ids[: count * self.recipe.window], dtype=np.int64).reshape(count, -1)
-        return next(iter(self.read_windows().values()))[:PROOF_WINDOWS]  # no held-out text: no figure comes of this
+        return next(iter(read_windows(self.windows_path).values()))[
+            :PROOF_WINDOWS
+        ]  # no held-out text: no figure comes of this
 
     def _metadata(self) -> dict[str, str]:
         scenario = self.prepared.scenario
@@ -278,27 +235,32 @@ class _Build:
     def _measure(self, artifact: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
         """Dense and expert as shipped; writes the report of this artifact and returns it."""
         from cusprun.benchmarks import quality, report, speed, tasks
-        from cusprun.corpora import Question
 
         recipe, quant = self.recipe, artifact["quant"]
         expert, dense = self.out / artifact["path"], self._dense_gguf(quant)
-        texts, asked = self.read_texts()
-        found = [Question(one["prompt"], tuple(one["choices"]), one["answer"]) for one in asked]
+        texts, asked = read_texts(self.texts_path)
         both = [artifact["sha256"], self.dense.sha256]
-        threads = {"threads": recipe.threads, "device": recipe.device}
+        threads, device = recipe.threads, recipe.device
 
         def run_speed() -> Any:
-            rows = speed.bench([expert, dense], repetitions=recipe.repetitions, **threads)
+            rows = speed.bench([expert, dense], repetitions=recipe.repetitions, threads=threads, device=device)
             return [row.as_json() for row in rows]
 
         def run_quality() -> Any:
             pairs = quality.evaluate_corpora(
-                expert, texts, against=dense, max_tokens=recipe.eval_tokens, special=True, **threads
+                expert,
+                texts,
+                against=dense,
+                max_tokens=recipe.eval_tokens,
+                special=True,
+                threads=threads,
+                device=device,
             )
             return {name: asdict(pair) for name, pair in pairs.items()}
 
         def run_questions() -> Any:
-            return [tasks.multiple_choice(path, found, **threads).as_json() for path in (expert, dense)]
+            results = [tasks.multiple_choice(path, asked, threads=threads, device=device) for path in (expert, dense)]
+            return [result.as_json() for result in results]
 
         speeds = self.stage(f"speed.{quant}", [*both, recipe.key("repetitions", "threads", "device")], [], run_speed)
         read = self.stage(
@@ -306,7 +268,7 @@ class _Build:
         )
         answers = (
             self.stage(f"questions.{quant}", [*both, sha256_file(self.texts_path)], [], run_questions)["value"]
-            if found
+            if asked
             else []
         )
         plan = self.plan
@@ -376,40 +338,3 @@ class _Build:
         }
         write_json(self.out / "expert.json", value)
         return value
-
-
-def _scatter(document: Document) -> str:
-    """A fixed order that mixes entries, so that the first tokens of a text are a sample of all of it."""
-    return hashlib.sha256(document.id.encode()).hexdigest()
-
-
-def _corpus_row(
-    name: str, side: str, documents: Sequence[Document | WeightedDocument], tokens: int | None
-) -> list[dict[str, Any]]:
-    """One row for each entry that a text draws on."""
-    entries = {entry.name: entry for entry in load_catalog()}
-    plain = [item.document if isinstance(item, WeightedDocument) else item for item in documents]
-    rows = []
-    for entry in sorted({document.entry for document in plain}):
-        known = entries.get(entry)
-        rows.append(
-            {
-                "text": name,
-                "side": side,
-                "entry": entry,
-                "documents": sum(document.entry == entry for document in plain),
-                "tokens_of_text": tokens,
-                "licence": known.licence if known else "the user's own",
-                "attribution": known.attribution if known else None,
-                "source": f"{known.source.kind}:{known.source.package}@{known.source.version}" if known else None,
-                "sha256": fingerprint([document for document in plain if document.entry == entry]),
-            }
-        )
-    return rows
-
-
-def sha256_path(path: Path) -> str:
-    """sha256 of a file, or of a folder's files."""
-    from cusprun.files import sha256_tree
-
-    return sha256_tree(path) if path.is_dir() else sha256_file(path)

@@ -1,0 +1,135 @@
+"""What a build takes of the text and keeps: calibration windows by dimension, held-out texts, questions.
+
+The windows go to one safetensors file, the held-out side to JSON lines, both rendered for one tokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cusprun.corpora.catalog import load_catalog
+from cusprun.corpora.document import Document, OwnText, Question, Scenario, WeightedDocument, fingerprint
+from cusprun.corpora.packing import pack_windows, render
+from cusprun.corpora.sampling import dimension_corpora, evaluation_texts, questions
+from cusprun.files import sha256_file, sha256_tree, written_whole
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which text: a scenario with the user's own text and dimensions, and how much of it."""
+
+    scenario: Scenario
+    own: tuple[OwnText, ...]
+    dims: Mapping[str, Path]
+    include: tuple[str, ...]
+    tokens: int  # of calibration, shared by the dimensions
+    window: int
+    questions: int  # at most
+    seed: int
+
+    def key(self) -> str:
+        """Hex sha256 over everything that decides which text comes out: wishes, the user's files, the catalog."""
+        own = [[_sha256(text.path), text.weight] for text in self.own]
+        dims = {name: _sha256(path) for name, path in self.dims.items()}
+        catalog = [entry.model_dump(mode="json", exclude={"tried"}) for entry in load_catalog()]
+        sizes = [self.tokens, self.window, self.questions, self.seed]
+        values = [asdict(self.scenario), own, dims, self.include, sizes, catalog]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    def write(self, tokenizer: Any, windows_path: Path, texts_path: Path) -> dict[str, Any]:
+        """Writes both files and returns what they were made of, an entry of the catalog a row.
+
+        Raises InvalidRequest where the text is too short for the windows.
+        """
+        from safetensors.numpy import save_file
+
+        corpora = dimension_corpora(self.scenario, self.own, self.dims, named=self.include)
+        share = self.tokens // len(corpora)
+        windows = {
+            name: pack_windows(documents, tokenizer, share, self.window, self.seed)
+            for name, documents in corpora.items()
+        }
+        texts = evaluation_texts(self.scenario, self.own, self.dims, named=self.include)
+        asked = sorted(questions(self.scenario, self.own, named=self.include), key=_scattered)[: self.questions]
+        with written_whole(windows_path) as part:
+            save_file(windows, part)
+        with written_whole(texts_path) as part, part.open("w", encoding="utf-8") as file:
+            for name, documents in texts.items():
+                rendered = [render(document, tokenizer) for document in sorted(documents, key=_scattered)]
+                file.write(json.dumps({"text": name, "documents": rendered}, ensure_ascii=False) + "\n")
+            for document in asked:
+                if document.question is not None:
+                    file.write(json.dumps({"question": asdict(document.question)}, ensure_ascii=False) + "\n")
+        rows = [
+            row
+            for name, documents in corpora.items()
+            for row in _rows(name, "calibration", documents, int(windows[name].size))
+        ]
+        rows += [row for name, documents in texts.items() for row in _rows(name, "held-out", documents, None)]
+        return {"corpora": rows, "questions": len(asked)}
+
+
+def read_windows(path: Path) -> dict[str, np.ndarray]:
+    """Calibration windows by dimension, (n, window) int64 each."""
+    from safetensors.numpy import load_file
+
+    windows = load_file(path)
+    return {name: windows[name] for name in sorted(windows)}
+
+
+def read_texts(path: Path) -> tuple[dict[str, list[str]], list[Question]]:
+    """Held-out documents by name of the text, rendered, and the questions."""
+    texts: dict[str, list[str]] = {}
+    asked = []
+    with path.open(encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            if "question" in row:
+                asked.append(
+                    Question(row["question"]["prompt"], tuple(row["question"]["choices"]), row["question"]["answer"])
+                )
+            else:
+                texts[row["text"]] = row["documents"]
+    return texts, asked
+
+
+def _scattered(document: Document) -> str:
+    """A fixed order that mixes entries, so that the first tokens of a text are a sample of all of it."""
+    return hashlib.sha256(document.id.encode()).hexdigest()
+
+
+def _rows(
+    text: str, side: str, documents: Sequence[Document | WeightedDocument], tokens: int | None
+) -> list[dict[str, Any]]:
+    entries = {entry.name: entry for entry in load_catalog()}
+    by_entry: dict[str, list[Document]] = {}
+    for item in documents:
+        document = item.document if isinstance(item, WeightedDocument) else item
+        by_entry.setdefault(document.entry, []).append(document)
+    rows = []
+    for name, group in sorted(by_entry.items()):
+        known = entries.get(name)
+        rows.append(
+            {
+                "text": text,
+                "side": side,
+                "entry": name,
+                "documents": len(group),
+                "tokens_of_text": tokens,
+                "licence": known.licence if known else "the user's own",
+                "attribution": known.attribution if known else None,
+                "source": f"{known.source.kind}:{known.source.package}@{known.source.version}" if known else None,
+                "sha256": fingerprint(group),
+            }
+        )
+    return rows
+
+
+def _sha256(path: Path) -> str:
+    return sha256_tree(path) if path.is_dir() else sha256_file(path)
