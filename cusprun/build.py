@@ -24,9 +24,7 @@ from cusprun.corpora.cache import cache_folder
 from cusprun.corpora.selection import Selection, read_texts, read_windows
 from cusprun.dense import Dense, find_dense
 from cusprun.files import sha256_file, written_whole
-from cusprun.importance import LayerMatrices, find_criterion
-from cusprun.importance.combine import combine_layer
-from cusprun.plan import Plan, default_align, plan_epsilon, plan_ratio
+from cusprun.plan import Plan, default_align, plan_epsilon, plan_ratio, score_layers
 from cusprun.preflight import Prepared, prepare
 from cusprun.progress import say
 from cusprun.recipe import Recipe
@@ -126,14 +124,9 @@ class _Build:
 
     def _plan(self, statistics_path: Path) -> Plan:
         recipe, anatomy = self.recipe, self.dense.anatomy
-        criterion, weights = find_criterion(recipe.method), Weights(self.dense.folder)
-        scores = []
-        for index, seen in enumerate(load_statistics(statistics_path)):
-            prefix = anatomy.prefix(index)
-            matrices = LayerMatrices(
-                down=weights[f"{prefix}mlp.down_proj.weight"], output=weights[f"{prefix}self_attn.o_proj.weight"]
-            )
-            scores.append(combine_layer(seen, matrices, criterion, recipe.combine, {}))
+        scores = score_layers(
+            Weights(self.dense.folder), anatomy, load_statistics(statistics_path), recipe.method, recipe.combine
+        )
         if recipe.removed_share is None:
             assert recipe.epsilon is not None
             return plan_epsilon(anatomy, scores, recipe.epsilon, align=self.align, layout=recipe.layout)

@@ -17,8 +17,11 @@ import torch
 
 from cusprun.anatomy import Anatomy, LayerWidths
 from cusprun.anatomy.structure import MIN_FFN, MIN_KV_HEADS
+from cusprun.checkpoint import Weights
 from cusprun.errors import InvalidRequest
-from cusprun.importance.combine import LayerScores, UnitScores
+from cusprun.importance import LayerMatrices, find_criterion
+from cusprun.importance.combine import Combine, LayerScores, UnitScores, combine_layer
+from cusprun.statistics import Statistics
 
 Layout = Literal["uniform", "per-layer"]
 
@@ -70,6 +73,21 @@ class Plan:
         return make_plan(dense, layers)
 
 
+def score_layers(
+    weights: Weights, anatomy: Anatomy, statistics: Statistics, method: str, combine: Combine
+) -> list[LayerScores]:
+    """Scores of every layer by ``method``, combined over the dimensions; one layer's weights are read at a time."""
+    criterion = find_criterion(method)
+    scores = []
+    for index, seen in enumerate(statistics):
+        prefix = anatomy.prefix(index)
+        matrices = LayerMatrices(
+            down=weights[f"{prefix}mlp.down_proj.weight"], output=weights[f"{prefix}self_attn.o_proj.weight"]
+        )
+        scores.append(combine_layer(seen, matrices, criterion, combine, {}))
+    return scores
+
+
 def default_align(anatomy: Anatomy, quants: Sequence[str]) -> int:
     """Channel multiple that the runtimes like: 256 for k-quants of large models, 32 (one block) otherwise."""
     wide = min(layer.ffn for layer in anatomy.layers) >= 4096
@@ -93,9 +111,19 @@ def make_plan(dense: Anatomy, layers: tuple[LayerPlan, ...]) -> Plan:
     return Plan(layers, dense, dense.with_layers(widths))
 
 
-def plan_ratio(anatomy: Anatomy, scores: Sequence[LayerScores], ratio: float, *, align: int, layout: Layout) -> Plan:
+def plan_ratio(
+    anatomy: Anatomy,
+    scores: Sequence[LayerScores],
+    ratio: float,
+    *,
+    align: int,
+    layout: Layout,
+    even_share: float = EVEN_SHARE,
+) -> Plan:
     """The plan that removes ``ratio`` of all parameters, as nearly as the alignment allows.
 
+    ``even_share`` bounds how far per-layer widths may differ: each layer keeps at least that share of what it would
+    keep under an even cut.
     Raises InvalidRequest where no allowed widths reach it.
     """
     if ratio > (largest := largest_ratio(anatomy, align)):
@@ -105,7 +133,7 @@ def plan_ratio(anatomy: Anatomy, scores: Sequence[LayerScores], ratio: float, *,
     target = ratio * anatomy.parameters
     if layout == "uniform":
         return _uniform(anatomy, scores, target, align)
-    return _per_layer(anatomy, scores, target, align)
+    return _per_layer(anatomy, scores, target, align, even_share)
 
 
 def plan_epsilon(
@@ -193,9 +221,8 @@ def _cumulative(units: UnitScores) -> torch.Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.float64), units.change[units.order].square().cumsum(0)])
 
 
-def _per_layer(anatomy: Anatomy, scores: Sequence[LayerScores], target: float, align: int) -> Plan:
+def _per_layer(anatomy: Anatomy, scores: Sequence[LayerScores], target: float, align: int, share: float) -> Plan:
     """Greedy over steps: always the step, in any layer and kind, that adds the least squared change per parameter."""
-    share = EVEN_SHARE
     while True:
         widths, removed = _greedy(anatomy, scores, target, align, share)
         if removed >= target * 0.99 or share == 0:

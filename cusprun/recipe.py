@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from cusprun.errors import InvalidRequest
 from cusprun.files import written_whole
 
-METHODS = ("cus-prun",)
 DEFAULT_RATIO = 0.25
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_TOKENS = 65536
@@ -49,8 +48,8 @@ class Recipe(BaseModel):
     window: int = Field(WINDOW, ge=16, description="tokens of one calibration window")
     quant: tuple[Quant, ...] = Field(("q8_0",), min_length=1, description="GGUF types to write")
     measure: bool = Field(True, description="measure dense and expert after the export")
-    eval_tokens: int = Field(16384, ge=1024, description="tokens of each evaluation text")
-    questions: int = Field(100, ge=1, description="most questions to ask")
+    eval_tokens: int = Field(8192, ge=1024, description="tokens of each evaluation text")
+    questions: int = Field(60, ge=1, description="most questions to ask")
     repetitions: int = Field(5, ge=2, description="speed runs of each artifact")
     seed: int = Field(0, ge=0, description="seed of the sampling of text")
     device: Literal["cpu", "cuda"] = Field("cpu", description="where statistics are taken and artifacts measured")

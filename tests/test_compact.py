@@ -13,9 +13,7 @@ from safetensors.torch import load_file, save_file
 from cusprun.anatomy import describe
 from cusprun.checkpoint import Weights, load_model
 from cusprun.compact import compact, unit_indices
-from cusprun.importance import LayerMatrices, find_criterion
-from cusprun.importance.combine import combine_layer
-from cusprun.plan import Layout, Plan, plan_ratio
+from cusprun.plan import Layout, Plan, plan_ratio, score_layers
 from cusprun.statistics import collect
 from tests import pico
 
@@ -33,20 +31,9 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def plan_of(folder: Path, layout: Layout, ratio: float) -> Plan:
-    anatomy, weights = describe(folder), Weights(folder)
-    scores = [
-        combine_layer(
-            seen,
-            LayerMatrices(
-                weights[f"model.layers.{index}.mlp.down_proj.weight"],
-                weights[f"model.layers.{index}.self_attn.o_proj.weight"],
-            ),
-            find_criterion("cus-prun"),
-            "intersection",
-            {},
-        )
-        for index, seen in enumerate(collect(folder, anatomy, {"language": IDS[:2], "task": IDS[2:]}))
-    ]
+    anatomy = describe(folder)
+    statistics = collect(folder, anatomy, {"language": IDS[:2], "task": IDS[2:]})
+    scores = score_layers(Weights(folder), anatomy, statistics, "cus-prun", "intersection")
     return plan_ratio(anatomy, scores, ratio, align=8, layout=layout)
 
 
