@@ -1,0 +1,111 @@
+"""The default build on the real model and real text, with a small token budget: what the README promises."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cusprun.anatomy import describe
+from cusprun.files import sha256_file
+
+pytestmark = pytest.mark.slow
+SCENARIO = ["--lang", "en", "--domain", "legal", "--task", "qa"]
+CONTRACT = Path(__file__).parent / "data" / "contract.txt"
+BUDGET = ["--tokens", "12288", "--eval-tokens", "2048", "--questions", "8", "--repetitions", "3"]
+
+
+def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cusprun.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def expert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("real") / "expert"
+    run("corpora", "pull", "tort-law-qa")
+    start = time.monotonic()
+    run("build", *SCENARIO, "--out", out, *BUDGET)
+    assert time.monotonic() - start < 600
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    assert peak < 4 * 2**30
+    return out
+
+
+@pytest.fixture(scope="module")
+def report(expert: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((expert / "report" / "report.json").read_text())
+    return found
+
+
+def test_a_quarter_of_all_parameters_goes_and_no_embedding(expert: Path) -> None:
+    card = json.loads((expert / "expert.json").read_text())
+    anatomy = describe(expert / "model")
+    assert card["base"]["parameters"] == 134515008
+    assert 1 - anatomy.parameters / 134515008 == pytest.approx(0.25, abs=0.01)
+    assert (anatomy.vocab_size, anatomy.hidden_size, len(anatomy.layers)) == (49152, 576, 30)
+    assert len(set(anatomy.layers)) > 1
+
+
+def test_the_speed_follows_the_bytes_and_the_multiplications(report: dict[str, Any]) -> None:
+    """Decode ≥ 0.9 x (dense bytes ÷ expert bytes), prefill ≥ 0.9 x (dense MACs ÷ expert MACs), alternating."""
+    speed = report["speed"]
+    ratios = {key: speed["ratios"][key]["median_of_pairs"] for key in ("decode_tps", "prefill_tps")}
+    assert ratios["decode_tps"] >= 0.9 * speed["dense"]["file_bytes"] / speed["expert"]["file_bytes"]
+    assert ratios["prefill_tps"] >= 0.9 * speed["dense"]["macs_per_token"] / speed["expert"]["macs_per_token"]
+
+
+def test_figures_of_both_sides_stand_in_the_report(report: dict[str, Any]) -> None:
+    for name in ("scenario", "domain", "general"):
+        quality = report["quality"]["corpora"][name]
+        assert 5 < quality["dense"]["perplexity"] < quality["expert"]["perplexity"] < 2000
+        assert 0 < quality["dense"]["bits_per_byte"] < quality["expert"]["bits_per_byte"]
+    answers = report["tasks"]["sets"]["questions"]
+    assert answers["expert"]["n"] == 8
+    assert 0 <= answers["dense"]["constant_answer_accuracy"] <= 1
+    entries = {row["entry"] for row in report["corpora"] if row["side"] == "calibration"}
+    assert "tort-law-qa" in entries
+    assert all(row["licence"] != "unknown" for row in report["corpora"])
+
+
+def test_the_file_is_proved_and_listed(expert: Path) -> None:
+    (artifact,) = json.loads((expert / "expert.json").read_text())["artifacts"]
+    path = expert / artifact["path"]
+    assert artifact["sha256"] == sha256_file(path)
+    assert artifact["arch"] == "deci"
+    assert artifact["proof"]["top1_agreement"] > 0.9
+    assert artifact["proof"]["tokenizer_equal"]
+    assert path.stat().st_size < 0.78 * 144_800_000
+
+
+def test_the_expert_answers_in_the_terminal(expert: Path) -> None:
+    done = run("chat", expert, "--once", "What does a landlord owe a tenant?", "--max-tokens", 12)
+    assert len(done.stdout.split()) >= 4
+
+
+def test_eval_prints_the_promised_document(expert: Path) -> None:
+    done = run("eval", expert, "--text", CONTRACT, "--json", "--context", 128)
+    found = json.loads(done.stdout)
+    assert list(found) == [
+        "perplexity", "perplexity_stderr", "bits_per_byte", "tokens", "kld_mean", "top1_agreement", "context"
+    ]  # fmt: skip
+    folder = json.loads(run("eval", expert / "model", "--text", CONTRACT, "--json", "--context", 128).stdout)
+    assert found["tokens"] == folder["tokens"]
+    assert found["perplexity"] == pytest.approx(folder["perplexity"], rel=0.03)  # q8_0 against float32
+
+
+def test_the_help_answers_at_once() -> None:
+    times = []
+    for _ in range(5):
+        start = time.monotonic()
+        run("--help")
+        times.append(time.monotonic() - start)
+    assert min(times) < 0.5
