@@ -49,7 +49,7 @@ class Recipe(BaseModel):
     quant: tuple[Quant, ...] = Field(("q8_0",), min_length=1, description="GGUF types to write")
     measure: bool = Field(True, description="measure dense and expert after the export")
     eval_tokens: int = Field(8192, ge=1024, description="tokens of each evaluation text")
-    questions: int = Field(60, ge=1, description="most questions to ask")
+    questions: int = Field(100, ge=1, description="most questions to ask")
     repetitions: int = Field(5, ge=2, description="speed runs of each artifact")
     seed: int = Field(0, ge=0, description="seed of the sampling of text")
     device: Literal["cpu", "cuda"] = Field("cpu", description="where statistics are taken and artifacts measured")
