@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from cusprun import __version__
-from cusprun.checkpoint import Weights
+from cusprun.checkpoint import Weights, load_tokenizer
 from cusprun.compact import compact
 from cusprun.corpora.cache import cache_folder
 from cusprun.corpora.selection import Selection, read_texts, read_windows
@@ -99,9 +99,7 @@ class _Build:
         )  # fmt: skip
 
         def select() -> dict[str, Any]:
-            from transformers import AutoTokenizer
-
-            return selection.write(AutoTokenizer.from_pretrained(self.dense.folder), self.windows_path, self.texts_path)
+            return selection.write(load_tokenizer(self.dense.folder), self.windows_path, self.texts_path)
 
         inputs = [selection.key(), self.dense.sha256]
         return self.stage("text", inputs, [self.windows_path, self.texts_path], select)
@@ -184,10 +182,8 @@ class _Build:
 
     def _proof_windows(self) -> np.ndarray:
         """Held-out text in windows, for the comparison with torch."""
-        from transformers import AutoTokenizer
-
         texts, _ = read_texts(self.texts_path)
-        tokenizer = AutoTokenizer.from_pretrained(self.dense.folder)
+        tokenizer = load_tokenizer(self.dense.folder)
         ids: list[int] = []
         for document in next(iter(texts.values()), []):
             ids += tokenizer(document, add_special_tokens=False)["input_ids"]

@@ -196,13 +196,31 @@ def load_model(folder: Path, dtype: str = "float32") -> Any:
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     Weights(folder).check(describe(folder))
+    logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise Failed(f"{folder} does not load: {error}") from error
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise Failed(f"{folder} does not load as a model folder: {error}") from error
     return model.eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder. Raises Failed with what transformers could not load."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise Failed(f"{folder} has no tokenizer that loads: {error}") from error
 
 
 def register_when_imported() -> None:

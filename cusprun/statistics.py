@@ -152,7 +152,7 @@ class _Layers:
         self.anatomy = anatomy
         self.device = device
         self.weights = Weights(folder)
-        self.config = AutoConfig.from_pretrained(folder)
+        self.config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(
                 self.config, dtype=torch.float32, attn_implementation="sdpa"

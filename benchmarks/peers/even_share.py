@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from cusprun.checkpoint import Weights, load_model
+from cusprun.checkpoint import Weights, load_model, load_tokenizer
 from cusprun.compact import compact
 from cusprun.corpora.catalog import make_scenario
 from cusprun.corpora.selection import Selection, read_windows
@@ -28,7 +28,7 @@ from cusprun.progress import say
 from cusprun.recipe import DEFAULT_MODEL
 from cusprun.statistics import collect
 
-SHARES = (0.0, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0)
+SHARES = (0.0, 0.4, 0.6, 0.7, 0.8, 0.9)
 COMBINES = ("intersection", "mixture", "max")
 
 
@@ -50,8 +50,6 @@ def perplexity(folder: Path, windows: np.ndarray) -> float:
 
 def study(out: Path, tokens: int, ratio: float, windows_scored: int) -> dict[str, Any]:
     """Perplexities by combine and share; continues what ``out``.json holds."""
-    from transformers import AutoTokenizer
-
     path = out.with_suffix(".json")
     settings = {"scenario": "en-legal-qa", "tokens": tokens, "ratio": ratio, "windows_scored": windows_scored}
     found: dict[str, Any] = {"settings": settings, "cells": {}}
@@ -60,7 +58,7 @@ def study(out: Path, tokens: int, ratio: float, windows_scored: int) -> dict[str
     dense = find_dense(DEFAULT_MODEL)
     with tempfile.TemporaryDirectory(prefix="cusprun-study-") as scratch:
         selection = Selection(make_scenario("en", "legal", "qa"), (), {}, (), tokens, 512, 1, 0)
-        selection.write(AutoTokenizer.from_pretrained(dense.folder), Path(scratch) / "w", Path(scratch) / "t")
+        selection.write(load_tokenizer(dense.folder), Path(scratch) / "w", Path(scratch) / "t")
         windows = read_windows(Path(scratch) / "w")
         scored = np.concatenate([ids[1::2] for ids in windows.values()])
         scored = scored[:: max(1, len(scored) // windows_scored)][:windows_scored]
@@ -100,8 +98,9 @@ def main() -> None:
         part.write_text(
             "# How far layers may differ\n\n"
             "`python -m cusprun.benchmarks.peers.even_share --out docs/results/even-share`\n\n"
-            f"SmolLM2-135M-Instruct, {found['settings']}; "
-            "perplexity on calibration-side text that gave no statistics.\n\n"
+            f"SmolLM2-135M-Instruct, en-legal-qa, {options.tokens} calibration tokens, {options.ratio:.0%} of all "
+            f"parameters removed; perplexity on {options.windows_scored} windows of calibration-side text that gave no "
+            "statistics.\n\n"
             f"| cut | perplexity |\n| --- | --- |\n{rows}\n",
             encoding="utf-8",
         )

@@ -11,13 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers import logging as transformers_logging
+from transformers import DynamicCache
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-import cusprun  # noqa: F401  (registers the per-layer model classes)
-from cusprun.errors import Failed, InvalidRequest
+from cusprun.checkpoint import load_model, load_tokenizer
+from cusprun.errors import InvalidRequest
 from cusprun.runtimes import Message, Sampling, default_threads
 from cusprun.runtimes.chat_template import join_turns
 from cusprun.runtimes.generation import check_length, check_start, common_prefix, generate_tokens
@@ -33,7 +31,8 @@ class TorchRuntime:
         self.path = path
         self.device = device
         torch.set_num_threads(threads or default_threads())
-        self._model, self._tokenizer = _load(path, device)
+        self._model = load_model(path).to(device)
+        self._tokenizer = load_tokenizer(path)
         self.n_vocab = int(self._model.config.vocab_size)
         self.n_context = min(context, int(self._model.config.max_position_embeddings))
         self._cache: Any = DynamicCache()
@@ -140,25 +139,3 @@ class TorchRuntime:
     def close(self) -> None:
         self._model = self._cache = None
         self._cached = []
-
-
-def _load(path: Path, device: str) -> tuple[Any, Any]:
-    """Model in eval mode and tokenizer; raises Failed with the folder's name where either does not load."""
-    transformers_logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise Failed(f"{path} does not load as a model folder: {error}") from error
-    model, report = loaded
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise Failed(f"{path} has no tensor {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
-    return model.to(device).eval(), tokenizer

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cusprun.errors import Failed, InvalidRequest
+from cusprun.errors import InvalidRequest
 from cusprun.exporters.gguf import export_gguf
 from cusprun.runtimes import Message, Runtime, Sampling, open_runtime
 from cusprun.runtimes.generation import TextStream, draw
@@ -171,5 +171,5 @@ def test_folder_without_one_tensor(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.0.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(Failed, match=r"layers\.0\.mlp\.up_proj\.weight"):
+    with pytest.raises(InvalidRequest, match=r"layers\.0\.mlp\.up_proj\.weight"):
         open_runtime(folder)
