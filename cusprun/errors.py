@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterable
 
 
@@ -30,3 +32,16 @@ class MissingPackage(InvalidRequest):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs the package {package}: pip install 'cusprun[{extra}]'")
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file could not be read or written; what to do where the disk is full.
+
+    Takes the errors of libraries that tell no error number but repeat the system's words.
+    """
+    if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
+        where = f" ({error.filename})" if isinstance(error, OSError) and error.filename is not None else ""
+        return f"the disk is full{where}: make room and give the same command again"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return str(error)

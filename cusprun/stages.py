@@ -8,13 +8,13 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from cusprun.errors import InvalidRequest
+from cusprun.errors import Failed, InvalidRequest, reason_of
 from cusprun.files import sha256_file, write_json
 from cusprun.progress import say
 
@@ -30,19 +30,25 @@ class Stages:
     def run(self, name: str, key: str, outputs: Sequence[Path], work: Callable[[], Any], *, listed: bool = True) -> Any:
         """The JSON value of ``work``, or of the record where ``key`` is the same and every output is as it was.
 
-        ``outputs`` are files or folders below the output folder that ``work`` leaves, whole or not at all.
+        ``outputs`` are files or folders below the output folder that ``work`` leaves, whole or not at all. Raises
+        Failed naming the stage where they cannot be written or read.
         """
+        from safetensors import SafetensorError
+
         record = self._read(name)
         if record is not None and record["key"] == key and record["outputs"] == self._hashes(outputs):
             if listed:
                 say(f"{name}: done before, kept")
             return record["value"]
-        self._path(name).unlink(missing_ok=True)
-        start = time.monotonic()
-        value = work()
-        seconds = time.monotonic() - start
-        found = {"key": key, "outputs": self._hashes(outputs), "seconds": round(seconds, 2), "value": value}
-        write_json(self._path(name), found)
+        try:
+            self._path(name).unlink(missing_ok=True)
+            start = time.monotonic()
+            value = work()
+            seconds = time.monotonic() - start
+            found = {"key": key, "outputs": self._hashes(outputs), "seconds": round(seconds, 2), "value": value}
+            write_json(self._path(name), found)
+        except (OSError, SafetensorError) as error:
+            raise Failed(f"{name}: {reason_of(error)}") from error
         if listed:
             say(f"{name}: {seconds:.1f} s")
         return json.loads(json.dumps(value))
@@ -75,9 +81,14 @@ class Stages:
 
 @contextmanager
 def sole_builder(out: Path) -> Iterator[None]:
-    """Holds the output folder for one build. Raises InvalidRequest where another build is at work in it."""
+    """Holds the output folder for one build. Raises InvalidRequest where another build is at work in it.
+
+    A build that ends badly before any of its stages was done leaves nothing behind, the folder itself included where
+    it was not there before.
+    """
     from filelock import FileLock, Timeout
 
+    made = [path for path in (out, *out.parents) if not path.exists()]
     folder = out / ".stages"
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock")
@@ -89,6 +100,14 @@ def sole_builder(out: Path) -> Iterator[None]:
         ) from None
     try:
         yield
+    except BaseException:
+        if not any(folder.glob("*.json")) and {path.name for path in out.iterdir()} <= {".stages", "recipe.yaml"}:
+            (out / "recipe.yaml").unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            for path in made:
+                with suppress(OSError):  # somebody else has put something there by now
+                    path.rmdir()
+        raise
     finally:
         lock.release()
 
