@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from cusprun.anatomy import FAMILIES, Anatomy, describe
+from cusprun.anatomy import FAMILIES, Anatomy, describe, read_config
 from cusprun.checkpoint import COMPANIONS, INDEX, SINGLE, Weights, is_stock
 from cusprun.corpora.cache import cache_folder
 from cusprun.errors import Failed, InvalidRequest, MissingPackage
@@ -23,6 +23,7 @@ from cusprun.recipe import DEFAULT_MODEL
 from cusprun.runtimes.gguf_header import load_metadata
 
 DOWNLOADED = ("*.safetensors", INDEX, "config.json", "README.md", *COMPANIONS)
+PATIENCE_S = 10.0  # for the hub's first answer
 CONVERSION = 1  # raise when what is written for a .gguf changes
 
 
@@ -46,6 +47,7 @@ class Sizes:
     anatomy: Anatomy
     element_bytes: int  # of a weight in the model folder
     convert: bool  # a .gguf that is to be dequantized first
+    context: int | None = None  # the longest window that the model was trained for, where it says so
 
     @property
     def parameters(self) -> int:
@@ -85,20 +87,21 @@ def read_sizes(model: str, revision: str | None = None) -> Sizes:
     """
     path = local_path(model)
     if path is None:
-        return Sizes(describe(_download(model, revision, ["config.json"])), element_bytes=2, convert=False)
+        folder = _download(model, revision, ["config.json"])
+        return Sizes(describe(folder), element_bytes=2, convert=False, context=_context(folder))
     if path.is_dir():
         anatomy = describe(path)
         weights = Weights(path)
         weights.check(anatomy)
         element = {"F64": 8, "F32": 4}.get(weights.dtype(anatomy.family.embedding), 2)
-        return Sizes(anatomy, element, convert=False)
+        return Sizes(anatomy, element, convert=False, context=_context(path))
     info = load_metadata(path)
     if info.architecture != "llama":
         raise InvalidRequest(f"{path} is a GGUF of architecture {info.architecture!r}; as a dense model llama is read")
     anatomy = Anatomy(
         FAMILIES[0], info.hidden_size, info.head_dim, info.vocab_size, info.layers, info.tied, False, False
     )
-    return Sizes(anatomy, element_bytes=4, convert=True)
+    return Sizes(anatomy, element_bytes=4, convert=True, context=info.context_length)
 
 
 def describe_model(model: str, revision: str | None = None) -> dict[str, Any]:
@@ -135,12 +138,43 @@ def local_path(model: str) -> Path | None:
     return None
 
 
+def check_folder(folder: Path, anatomy: Anatomy) -> None:
+    """Raises InvalidRequest where the folder's tokenizer or its kind of weights cannot be used for a build."""
+    from tokenizers import Tokenizer
+
+    if quantized := read_config(folder).get("quantization_config"):
+        kind = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise InvalidRequest(f"{folder} holds quantized weights ({kind}): name the model in BF16, F16 or F32")
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise InvalidRequest(
+            f"{folder} has no tokenizer.json: add the model's, or write one with transformers: "
+            "AutoTokenizer.from_pretrained(source).save_pretrained(folder)"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the reader raises plain Exception
+        raise InvalidRequest(f"{path} is no tokenizer that can be read: {error}") from error
+    ids = tokenizer.get_vocab(with_added_tokens=True).values()
+    if not ids or max(ids) >= anatomy.vocab_size:
+        raise InvalidRequest(
+            f"{folder}: the tokenizer has ids up to {max(ids, default=-1)} and the model {anatomy.vocab_size} "
+            "embeddings: they do not belong together; take both from one model"
+        )
+
+
+def _context(folder: Path) -> int | None:
+    """The longest window that config.json allows: positions, and the sliding window where there is one."""
+    config = read_config(folder)
+    limits = [config.get(key) for key in ("max_position_embeddings", "sliding_window")]
+    return min((limit for limit in limits if isinstance(limit, int)), default=None)
+
+
 def _from_folder(folder: Path, name: str) -> Dense:
     anatomy = describe(folder)
     weights = Weights(folder)
     weights.check(anatomy)
-    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
-        raise InvalidRequest(f"{folder} has no tokenizer.json and no tokenizer.model: add the model's tokenizer")
+    check_folder(folder, anatomy)
     files = _weight_files(folder)
     digest = sha256_file(files[0]) if len(files) == 1 else _sha256_many(files)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -184,15 +218,42 @@ def _card_licence(folder: Path) -> str | None:
 
 
 def _download(model: str, revision: str | None, files: Sequence[str] = DOWNLOADED) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    """The folder of a hub model in the hub's own cache; what is there already is used when the hub does not answer.
 
+    The hub is asked once with a time limit first: its client tries again for minutes.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    wanted = list(files)
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(files)))
+        HfApi().model_info(model, revision=revision, timeout=PATIENCE_S)
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
     except HFValidationError as error:
         raise InvalidRequest(f"{model!r} is neither a local model nor a hub id: {error}") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise Failed(f"the model {model} could not be fetched from the hub: {error}") from error
+    except GatedRepoError as error:
+        raise InvalidRequest(f"the model {model} is gated: accept its terms on the hub, `hf auth login`") from error
+    except RevisionNotFoundError as error:
+        raise InvalidRequest(f"--revision {revision}: the model {model} has no such commit, branch or tag") from error
+    except RepositoryNotFoundError as error:
+        raise InvalidRequest(
+            f"there is no model {model!r} on the hub that you may read: mind the spelling, or `hf auth login`"
+        ) from error
+    except Exception as error:  # of the hub's client and of the network library below it, which changes its name
+        reason = (str(error.__cause__ or error).strip() or type(error).__name__).partition("\n")[0]
+        try:
+            return Path(snapshot_download(model, revision=revision, allow_patterns=wanted, local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise Failed(
+                f"the model {model} could not be fetched from the hub ({reason}): is there a network? Without one, "
+                "name a folder or a .gguf file that is here"
+            ) from error
 
 
 def _from_gguf(path: Path, name: str) -> Dense:
