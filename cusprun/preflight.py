@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -18,13 +19,15 @@ import psutil
 
 from cusprun.anatomy import Anatomy
 from cusprun.corpora.cache import cache_folder
-from cusprun.corpora.catalog import check_scenario, find_entries, make_scenario
-from cusprun.corpora.document import OwnText, Scenario
-from cusprun.corpora.listing import download_bytes
+from cusprun.corpora.catalog import Entry, Source, check_scenario, find_entries, make_scenario
+from cusprun.corpora.document import Document, OwnText, Scenario
+from cusprun.corpora.listing import download_bytes, unreachable
 from cusprun.corpora.own import parse_dimension, parse_own_text, read_own
-from cusprun.corpora.sampling import all_entries
-from cusprun.dense import Sizes, read_sizes
-from cusprun.errors import Failed, InvalidRequest
+from cusprun.corpora.packing import FEWEST
+from cusprun.corpora.sampling import all_entries, calibration_entries
+from cusprun.corpora.sources import is_cached
+from cusprun.dense import Sizes, check_folder, local_path, read_sizes
+from cusprun.errors import Failed, InvalidRequest, MissingPackage
 from cusprun.plan import default_align, largest_ratio
 from cusprun.recipe import Recipe
 
@@ -53,7 +56,7 @@ class Prepared:
         cut = (
             f"ε {recipe.epsilon:g}" if recipe.removed_share is None else f"{recipe.removed_share:.0%} of all parameters"
         )
-        dimensions = [*self.scenario.given(), *self.dims] or ["general"]
+        dimensions = [*(self.scenario.given() or ["general"]), *self.dims]
         share = recipe.tokens // len(dimensions)
         low, high = self.minutes()
         lines = [
@@ -64,7 +67,7 @@ class Prepared:
             f"method    {recipe.method}, {recipe.combine}, {cut}, {recipe.layout} layout",
             f"output    {self.out}: model/, gguf/ in {', '.join(recipe.quant)}"
             + (", report/" if recipe.measure else ""),
-            f"needs     {self.disk_bytes / 2**30:.1f} GiB disk, {self.memory_bytes / 2**30:.1f} GiB memory, "
+            f"needs     {_size(self.disk_bytes)} disk, {_size(self.memory_bytes)} memory, "
             f"roughly {low:.0f} to {high:.0f} minutes without downloads",
         ]
         return "\n".join(lines)
@@ -89,68 +92,171 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, quants: tuple[str, ...]) -> Prepared:
-    """Checks everything that needs no work. Raises one InvalidRequest with every problem found.
+    """Checks everything that needs no work.
 
-    ``quants`` are the types that the exporter can write.
+    Raises one error with every problem found: Failed where trying again may help (the hub did not answer, a file is
+    damaged) and nothing else is wrong, else InvalidRequest. ``quants`` are the types that the exporter can write.
     """
-    problems: list[str] = []
-
-    def attempt(check: Callable[[], Any], otherwise: Any = None) -> Any:
-        try:
-            return check()
-        except (InvalidRequest, Failed) as error:
-            problems.append(str(error))
-            return otherwise
-
-    for package in ("torch", "transformers", "llama_cpp", "gguf"):
-        if find_spec(package) is None:
-            problems.append(f"the package {package} is missing: pip install cusprun")
+    problems = _Problems()
+    problems.add(*_missing_packages())
     if recipe.device == "cuda":
         import torch
 
         if not torch.cuda.is_available():
-            problems.append("--device cuda: torch finds no CUDA device here; write --device cpu")
-    problems += [f"--quant {quant}: write one of {', '.join(quants)}" for quant in recipe.quant if quant not in quants]
+            problems.add("--device cuda: torch finds no CUDA device here; write --device cpu")
+    problems.add(
+        *(f"--quant {quant}: write one of {', '.join(quants)}" for quant in recipe.quant if quant not in quants)
+    )
     scenario = make_scenario(recipe.lang, recipe.domain, recipe.task)
-    own = tuple(text for value in recipe.corpus if (text := attempt(partial(parse_own_text, value))))
-    dims = dict(pair for value in recipe.dim if (pair := attempt(partial(parse_dimension, value))))
-    for path in [*(text.path for text in own), *dims.values()]:
-        attempt(partial(read_own, path, path.name, scenario))
-    attempt(partial(find_entries, recipe.include))
-    download = 0
-    if scenario.given():
-        attempt(lambda: check_scenario(scenario, own=bool(recipe.corpus), named=recipe.include))
-        download = attempt(lambda: download_bytes(all_entries(scenario, recipe.include)), otherwise=0)
-    sizes: Sizes | None = attempt(lambda: read_sizes(recipe.model, recipe.revision))
-    model_name = recipe.model.rstrip("/").split("/")[-1].removesuffix(".gguf").lower()
-    name = recipe.name or "-".join([model_name, str(scenario)]).replace(" ", "-")
+    own = tuple(text for value in recipe.corpus if (text := problems.attempt(partial(parse_own_text, value))))
+    pairs = [pair for value in recipe.dim if (pair := problems.attempt(partial(parse_dimension, value)))]
+    problems.add(*_given_twice("--corpus was given two files named {}; rename one", [text.path.name for text in own]))
+    problems.add(*_given_twice("--dim {} was given twice; choose another name", [name for name, _ in pairs]))
+    dims = dict(pairs)
+    problems.attempt(partial(find_entries, recipe.include))
+    problems.attempt(lambda: check_scenario(scenario, own=bool(recipe.corpus), named=recipe.include))
+    entries = all_entries(scenario, recipe.include)
+    problems.add(*_unfetchable(entries))
+    _check_texts(recipe, scenario, own, dims, problems)
+    download = download_bytes(entries)
+    sizes: Sizes | None = problems.attempt(lambda: read_sizes(recipe.model, recipe.revision))
+    name = recipe.name or f"{model_name(recipe.model)}-{scenario}".replace(" ", "-")
     out = (recipe.out or Path("experts") / name).expanduser()
+    problems.add(*check_out(out, recipe))
     disk = memory = 0
     if sizes is not None:
-        share = recipe.removed_share
-        if share is not None:
-            attempt(lambda: check_ratio(recipe, share, sizes.anatomy))
+        _check_model(recipe, sizes, problems)
         disk, memory = needs(recipe, sizes)
-        free = psutil.virtual_memory().available
-        if memory > free:
-            problems.append(
-                f"the build needs about {memory / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free: "
-                "close other programs, lower --tokens or take a smaller model"
-            )
-        place = _existing_parent(out)
-        if place.is_dir() and shutil.disk_usage(place).free < disk:
-            problems.append(
-                f"--out {out}: the build needs about {disk / 2**30:.2f} GiB of disk and "
-                f"{shutil.disk_usage(place).free / 2**30:.2f} GiB are free there; choose another folder"
-            )
-        cache = _existing_parent(cache_folder())
-        wanted = download * 3 + (sizes.parameters * 4 if sizes.convert else 0)
-        if shutil.disk_usage(cache).free < wanted:
-            problems.append(f"the cache {cache_folder()} needs {wanted / 2**30:.2f} GiB: set CUSPRUN_CACHE elsewhere")
-    problems += check_out(out, recipe)
-    if problems or sizes is None:
-        raise InvalidRequest.together(problems)
+        problems.add(*_too_little(out, sizes, disk, memory, download))
+    if problems.found or sizes is None:
+        raise problems.together()
     return Prepared(recipe, scenario, own, dims, out, name, sizes, download, disk, memory)
+
+
+class _Problems:
+    """What was found wrong so far."""
+
+    def __init__(self) -> None:
+        self.found: list[InvalidRequest | Failed] = []
+
+    def add(self, *lines: str) -> None:
+        self.found.extend(map(InvalidRequest, lines))
+
+    def attempt(self, check: Callable[[], Any], otherwise: Any = None) -> Any:
+        """What ``check`` returns; ``otherwise`` where it raises, and the problem is kept."""
+        try:
+            return check()
+        except (InvalidRequest, Failed) as error:
+            self.found.append(error)
+            return otherwise
+
+    def together(self) -> InvalidRequest | Failed:
+        error = InvalidRequest.together(map(str, self.found))
+        return Failed(str(error)) if all(isinstance(problem, Failed) for problem in self.found) else error
+
+
+def model_name(model: str) -> str:
+    """The last part of a path or hub id, in lower case."""
+    last = model.rstrip("/").split("/")[-1]
+    if last in ("", ".", ".."):
+        last = Path(model).resolve().name
+    return last.removesuffix(".gguf").lower()
+
+
+def _missing_packages() -> list[str]:
+    packages = {"torch": "torch", "transformers": "transformers", "llama_cpp": "llama-cpp-python", "gguf": "gguf"}
+    packages |= {"datasketch": "datasketch"}
+    return [
+        f"the package {published} is missing: pip install cusprun brings it"
+        for module, published in packages.items()
+        if find_spec(module) is None
+    ]
+
+
+def _given_twice(message: str, names: Sequence[str]) -> list[str]:
+    return [message.format(name) for name, count in Counter(names).items() if count > 1]
+
+
+def _unfetchable(entries: Sequence[Entry]) -> list[str]:
+    """Clients and packages that fetching these entries needs and that are not here."""
+    lines = [f"{line}; install it, or bring your own text with --corpus FILE" for line in unreachable(entries)]
+    packages = [(entry.name, entry.source) for entry in entries if isinstance(entry.source, Source)]
+    wheels = [name for name, source in packages if source.kind == "pypi" and not is_cached(source)]
+    if wheels and find_spec("pip") is None:
+        lines.append(f"there is no pip here, and {', '.join(wheels)} is fetched with it: python -m ensurepip")
+    sets = [entry.name for entry in entries if not isinstance(entry.source, Source)]
+    if sets and find_spec("datasets") is None:
+        lines.append(str(MissingPackage("datasets", "eval", ", ".join(sets))))
+    return lines
+
+
+def _check_texts(
+    recipe: Recipe, scenario: Scenario, own: Sequence[OwnText], dims: dict[str, Path], problems: _Problems
+) -> None:
+    """Reads the user's files; finds those that cannot serve, and a budget too small for the dimensions."""
+    count = max(1, len(scenario.given())) + len(recipe.dim)
+    least = count * FEWEST * recipe.window
+    if recipe.tokens < least:
+        problems.add(
+            f"--tokens {recipe.tokens}: {count} dimensions share them and each needs {FEWEST} windows of "
+            f"{recipe.window}; write --tokens {least} or more, or a smaller --window"
+        )
+    mine = [problems.attempt(partial(read_own, text.path, text.path.name, scenario)) for text in own]
+    if mine and None not in mine and not calibration_entries(scenario, recipe.include):
+        names = " --corpus ".join(str(text.path) for text in own)
+        problems.add(*_too_short(f"--corpus {names}", [text for texts in mine for text in texts], recipe.window))
+    for name, path in dims.items():
+        documents = problems.attempt(partial(read_own, path, path.name, scenario))
+        if documents is not None:
+            problems.add(*_too_short(f"--dim {name}={path}", documents, recipe.window))
+
+
+def _too_short(what: str, documents: Sequence[Document], window: int) -> list[str]:
+    """Text that cannot fill the fewest windows whatever the tokenizer: a token is a byte at least.
+
+    What a chat template adds is unknown here, so turns are let pass.
+    """
+    size = sum(len(document.text.encode("utf-8", "surrogatepass")) + 3 for document in documents)
+    if any(document.turns for document in documents) or size >= FEWEST * window:
+        return []
+    return [f"{what} holds {size} bytes, too little for {FEWEST} windows of {window} tokens: give more text"]
+
+
+def _check_model(recipe: Recipe, sizes: Sizes, problems: _Problems) -> None:
+    """Finds a tokenizer, a context or a size of the model that does not suit the recipe."""
+    path = local_path(recipe.model)
+    if path is not None and path.is_dir():
+        problems.attempt(partial(check_folder, path, sizes.anatomy))
+    if sizes.context is not None and recipe.window > sizes.context:
+        problems.add(f"--window {recipe.window} is longer than the model's context: write {sizes.context} or less")
+    if recipe.removed_share is not None:
+        problems.attempt(partial(check_ratio, recipe, recipe.removed_share, sizes.anatomy))
+
+
+def _too_little(out: Path, sizes: Sizes, disk: int, memory: int, download: int) -> list[str]:
+    """Memory, and disk in the output folder and in the cache, that is not there."""
+    lines = []
+    free = psutil.virtual_memory().available
+    if memory > free:
+        lines.append(
+            f"the build needs about {_size(memory)} of memory and {_size(free)} are free: "
+            "close other programs, lower --tokens or take a smaller model"
+        )
+    place = _existing_parent(out)
+    usage = shutil.disk_usage(place)
+    if usage.total and usage.free < disk:  # total 0: no file system that holds files, and check_out says so
+        lines.append(
+            f"--out {out}: the build needs about {_size(disk)} of disk and {_size(usage.free)} are free there; "
+            "choose another folder or make room"
+        )
+    free = shutil.disk_usage(_existing_parent(cache_folder())).free
+    wanted = download * 3 + (sizes.parameters * 4 if sizes.convert else 0)
+    if free < wanted:
+        lines.append(
+            f"the cache {cache_folder()} needs about {_size(wanted)} and {_size(free)} are free there: "
+            "set CUSPRUN_CACHE to a folder with more room"
+        )
+    return lines
 
 
 def check_ratio(recipe: Recipe, share: float, anatomy: Anatomy) -> None:
@@ -185,7 +291,8 @@ def check_out(out: Path, recipe: Recipe) -> list[str]:
         return [f"--out {out} is a file; name a folder"]
     saved = out / "recipe.yaml"
     if saved.is_file():
-        if saved.read_text(encoding="utf-8", errors="replace") != recipe.to_yaml():
+        begun = any(path.name not in (".stages", "recipe.yaml") for path in out.iterdir())
+        if begun and saved.read_text(encoding="utf-8", errors="replace") != recipe.to_yaml():
             return [f"--out {out} holds an expert of another recipe (see {saved}); choose another folder or remove it"]
     elif out.is_dir() and any(path.name != ".stages" for path in out.iterdir()):
         return [f"--out {out} holds something that is no expert; choose another folder"]
@@ -207,3 +314,11 @@ def _existing_parent(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
+
+
+def _size(count: float) -> str:
+    """Bytes in the largest unit that leaves a number above 1."""
+    for unit, bytes_ in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= bytes_:
+            return f"{count / bytes_:.1f} {unit}"
+    return f"{count / 2**10:.1f} KiB"
