@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from cusprun import __version__
-from cusprun.errors import Failed, InvalidRequest
+from cusprun.errors import Failed, InvalidRequest, reason_of
 
 app = typer.Typer(
     name="cusprun-edge",
@@ -136,7 +136,10 @@ def _build(flags: dict[str, Any], recipe: Path | None, as_json: bool, upto: str)
     wish = read_recipe(recipe, flags) if recipe is not None else make_recipe(flags)
     from cusprun.build import build as run
 
-    expert = run(wish, upto=upto)
+    try:
+        expert = run(wish, upto=upto)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command goes on from the last finished stage") from None
     if as_json:
         _print_json(expert)
         return
@@ -233,7 +236,9 @@ def evaluate(
     from cusprun.corpora.document import Scenario
     from cusprun.corpora.own import read_own
 
-    texts = [text.read_text(encoding="utf-8")] if _plain(text) else [d.text for d in read_own(text, "text", Scenario())]
+    texts = [document.text for document in read_own(text, "text", Scenario())]  # says what cannot be read
+    if _plain(text):
+        texts = [text.read_text(encoding="utf-8")]
     found = measure(
         _artifact(artifact),
         texts,
@@ -377,7 +382,7 @@ def _artifact(path: Path) -> Path:
 
 
 def _plain(path: Path) -> bool:
-    return path.is_file() and path.suffix.lower() in (".txt", ".md") and path.stat().st_size > 0
+    return path.is_file() and path.suffix.lower() in (".txt", ".md")
 
 
 def _device(value: str) -> str:
@@ -412,8 +417,14 @@ def _run(command: Callable[..., Any]) -> int:
     except BrokenPipeError:
         return 1
     except OSError as error:
-        print(f"cusprun-edge: {error}", file=sys.stderr)
+        print(f"cusprun-edge: {reason_of(error)}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "cusprun":
+            raise
+        package = error.name.partition(".")[0]
+        print(f"cusprun-edge: the package {package} is missing: pip install cusprun brings it", file=sys.stderr)
+        return 2
     except Exception as error:
         if not (hasattr(error, "show") and hasattr(error, "exit_code")):  # not the parser's own usage errors
             raise
