@@ -36,7 +36,7 @@ def run_in_child(function: Callable[..., Any], *args: Any, timeout: float | None
         "GGML_NO_BACKTRACE": "1",
     }
     process = subprocess.Popen(
-        [sys.executable, "-m", "cusprun.runtimes.child"],
+        [sys.executable, "-P", "-m", "cusprun.runtimes.child"],  # -P: the current folder may hold a `cusprun`
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=None if sys.stderr.isatty() else subprocess.PIPE,

@@ -55,7 +55,8 @@ def test_child_ends_with_its_parent(tmp_path: Path) -> None:
         "from tests.runtimes import ends\n"
         f"run_in_child(ends.sleep, 60, {str(started)!r})\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, env=found)
     deadline = time.monotonic() + 20
     while not (started.exists() and started.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -64,3 +65,13 @@ def test_child_ends_with_its_parent(tmp_path: Path) -> None:
     parent.wait()
     child.wait(timeout=10)
     assert not child.is_running()
+
+
+def test_a_folder_of_the_same_name_does_not_shadow_the_package(tmp_path: Path) -> None:
+    """Commands are run from the repository root, where `cusprun` is a source folder without its other rooms."""
+    (tmp_path / "cusprun").mkdir()
+    (tmp_path / "cusprun" / "__init__.py").write_text("raise SystemExit('shadowed')")
+    code = "from cusprun.runtimes.child import run_in_child; import math; print(run_in_child(math.sqrt, 9.0))"
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "3.0\n", done.stderr
