@@ -25,7 +25,7 @@ from cusprun.corpora.selection import Selection, read_texts, read_windows
 from cusprun.dense import Dense, find_dense
 from cusprun.files import sha256_file, written_whole
 from cusprun.plan import Plan, default_align, plan_epsilon, plan_ratio, score_layers
-from cusprun.preflight import Prepared, prepare
+from cusprun.preflight import Prepared, model_name, prepare
 from cusprun.progress import say
 from cusprun.recipe import Recipe
 from cusprun.stages import Stages, sole_builder, sweep
@@ -212,7 +212,7 @@ class _Build:
         """The dense model at the same type, written once for all builds."""
         from cusprun.exporters.gguf import export_gguf
 
-        name = self.dense.id.rstrip("/").split("/")[-1].removesuffix(".gguf").lower()
+        name = model_name(self.dense.id)
         folder = cache_folder() / "dense-gguf" / f"{self.dense.sha256[:16]}-{VERSIONS['gguf']}"
         path = folder / f"{name}-{quant}.gguf"
         if not path.is_file():

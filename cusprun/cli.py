@@ -12,8 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from cusprun import __version__
+from cusprun import __version__, cli_corpora, flags
 from cusprun.errors import Failed, InvalidRequest, reason_of
+from cusprun.flags import Json, print_json
 
 app = typer.Typer(
     name="cusprun-edge",
@@ -24,8 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-corpora_app = typer.Typer(help="The text that experts are made with.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(corpora_app, name="corpora")
+app.add_typer(cli_corpora.app, name="corpora")
 
 
 class Score(StrEnum):
@@ -35,7 +35,6 @@ class Score(StrEnum):
     all = "all"
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads; default: physical cores.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Against = Annotated[Path | None, typer.Option(help="The artifact to compare with, such as the dense model.")]
@@ -50,12 +49,12 @@ def root(
         raise typer.Exit
 
 
-def _flags(context: typer.Context) -> dict[str, Any]:
+def _given(context: typer.Context) -> dict[str, Any]:
     """The flags that were given on the command line, by field name."""
     given = {}
     for name, value in context.params.items():
         source = context.get_parameter_source(name)
-        if name not in ("recipe", "json_", "model_argument") and source is not None and source.name != "DEFAULT":
+        if name not in ("recipe", "json_") and source is not None and source.name != "DEFAULT":
             given[name] = tuple(value) if isinstance(value, list) else value
     return given
 
@@ -63,40 +62,40 @@ def _flags(context: typer.Context) -> dict[str, Any]:
 @app.command()
 def build(
     context: typer.Context,
-    model: Annotated[str | None, typer.Option(help="Dense model: a folder, a .gguf, a hub id, or the default.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Commit or tag of a hub model.")] = None,
-    lang: Annotated[str | None, typer.Option(help="Language of the scenario: en de fr es it pt.")] = None,
-    domain: Annotated[str | None, typer.Option(help="Domain: legal medical science software general.")] = None,
-    task: Annotated[str | None, typer.Option(help="Task: qa summarization classification translation.")] = None,
-    corpus: Annotated[list[str] | None, typer.Option(help="Your own text, FILE[:weight]; may be repeated.")] = None,
-    dim: Annotated[list[str] | None, typer.Option(help="A further dimension, NAME=FILE; may be repeated.")] = None,
-    include: Annotated[list[str] | None, typer.Option(help="A catalog entry not used by itself.")] = None,
-    method: Annotated[str | None, typer.Option(help="Importance criterion: cus-prun.")] = None,
-    combine: Annotated[str | None, typer.Option(help="intersection, mixture or max of the dimensions.")] = None,
-    ratio: Annotated[float | None, typer.Option(help="Share of all parameters that goes; default 0.25.")] = None,
-    epsilon: Annotated[float | None, typer.Option(help="Remove what changes a layer by no more than this.")] = None,
-    layout: Annotated[str | None, typer.Option(help="per-layer widths, or uniform.")] = None,
-    align: Annotated[int | None, typer.Option(help="FFN widths are multiples of this.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Calibration tokens, shared by the dimensions.")] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens of one calibration window.")] = None,
-    quant: Annotated[list[str] | None, typer.Option(help="GGUF type: f32 f16 q8_0 q4_0 q4_1 q4_k_m; repeat.")] = None,
-    measure: Annotated[bool | None, typer.Option("--measure/--no-measure", help="Measure dense and expert.")] = None,
-    eval_tokens: Annotated[int | None, typer.Option(help="Tokens of each evaluation text.")] = None,
-    questions: Annotated[int | None, typer.Option(help="Most multiple-choice questions to ask.")] = None,
-    repetitions: Annotated[int | None, typer.Option(help="Speed runs of each artifact.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the sampling of text.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of measurements; default: physical cores.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the expert.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the expert; default experts/<name>.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="A recipe.yaml to replay; other flags override it.")] = None,
+    model: flags.Model = None,
+    revision: flags.Revision = None,
+    lang: flags.Lang = None,
+    domain: flags.Domain = None,
+    task: flags.Task = None,
+    corpus: flags.Corpus = None,
+    dim: flags.Dim = None,
+    include: flags.Include = None,
+    method: flags.Method = None,
+    combine: flags.Combine = None,
+    ratio: flags.Ratio = None,
+    epsilon: flags.Epsilon = None,
+    layout: flags.Layout = None,
+    align: flags.Align = None,
+    tokens: flags.Tokens = None,
+    window: flags.Window = None,
+    quant: flags.Quant = None,
+    measure: flags.Measure = None,
+    eval_tokens: flags.EvalTokens = None,
+    questions: flags.Questions = None,
+    repetitions: flags.Repetitions = None,
+    seed: flags.Seed = None,
+    device: flags.Device = None,
+    threads: flags.Threads = None,
+    name: flags.Name = None,
+    out: flags.Out = None,
+    recipe: flags.Recipe = None,
     json_: Json = False,
 ) -> None:
     """Build an expert: find what the scenario does not need, remove it, export, measure.
 
     Example: cusprun-edge build --lang en --domain legal --task qa
     """
-    _build(_flags(context), recipe, json_, upto="expert")
+    _build(_given(context), recipe, json_, upto="expert")
 
 
 @app.command()
@@ -104,36 +103,36 @@ def prune(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Dense model: a folder, a .gguf, a hub id, or the default's name.")],
     out: Annotated[Path, typer.Option(help="Folder of the expert.")],
-    revision: Annotated[str | None, typer.Option(help="Commit or tag of a hub model.")] = None,
-    lang: Annotated[str | None, typer.Option(help="Language of the scenario.")] = None,
-    domain: Annotated[str | None, typer.Option(help="Domain of the scenario.")] = None,
-    task: Annotated[str | None, typer.Option(help="Task of the scenario.")] = None,
-    corpus: Annotated[list[str] | None, typer.Option(help="Your own text, FILE[:weight]; may be repeated.")] = None,
-    dim: Annotated[list[str] | None, typer.Option(help="A further dimension, NAME=FILE; may be repeated.")] = None,
-    include: Annotated[list[str] | None, typer.Option(help="A catalog entry not used by itself.")] = None,
-    method: Annotated[str | None, typer.Option(help="Importance criterion: cus-prun.")] = None,
-    combine: Annotated[str | None, typer.Option(help="intersection, mixture or max of the dimensions.")] = None,
-    ratio: Annotated[float | None, typer.Option(help="Share of all parameters that goes; default 0.25.")] = None,
-    epsilon: Annotated[float | None, typer.Option(help="Remove what changes a layer by no more than this.")] = None,
-    layout: Annotated[str | None, typer.Option(help="per-layer widths, or uniform.")] = None,
-    align: Annotated[int | None, typer.Option(help="FFN widths are multiples of this.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Calibration tokens, shared by the dimensions.")] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens of one calibration window.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the sampling of text.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    revision: flags.Revision = None,
+    lang: flags.Lang = None,
+    domain: flags.Domain = None,
+    task: flags.Task = None,
+    corpus: flags.Corpus = None,
+    dim: flags.Dim = None,
+    include: flags.Include = None,
+    method: flags.Method = None,
+    combine: flags.Combine = None,
+    ratio: flags.Ratio = None,
+    epsilon: flags.Epsilon = None,
+    layout: flags.Layout = None,
+    align: flags.Align = None,
+    tokens: flags.Tokens = None,
+    window: flags.Window = None,
+    seed: flags.Seed = None,
+    device: flags.Device = None,
     json_: Json = False,
 ) -> None:
     """Stop at the compacted model folder, <out>/model.
 
     Example: cusprun-edge prune HuggingFaceTB/SmolLM2-360M-Instruct --lang en --domain legal --out expert
     """
-    _build(_flags(context), None, json_, upto="model")
+    _build(_given(context), None, json_, upto="model")
 
 
-def _build(flags: dict[str, Any], recipe: Path | None, as_json: bool, upto: str) -> None:
+def _build(given: dict[str, Any], recipe: Path | None, as_json: bool, upto: str) -> None:
     from cusprun.recipe import make_recipe, read_recipe
 
-    wish = read_recipe(recipe, flags) if recipe is not None else make_recipe(flags)
+    wish = read_recipe(recipe, given) if recipe is not None else make_recipe(given)
     from cusprun.build import build as run
 
     try:
@@ -141,7 +140,7 @@ def _build(flags: dict[str, Any], recipe: Path | None, as_json: bool, upto: str)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on from the last finished stage") from None
     if as_json:
-        _print_json(expert)
+        print_json(expert)
         return
     out = expert["folder"]
     report = Path(out) / "report" / "report.json"
@@ -177,7 +176,7 @@ def export(
         raise InvalidRequest(f"--out {target} exists; choose another name or remove it")
     report = export_gguf(model, target, quant, name=name, threads=threads)
     if json_:
-        _print_json(
+        print_json(
             {"path": str(report.path), "quant": quant, "arch": report.arch, "bytes": report.bytes,
              "sha256": report.sha256, "fallbacks": [vars(fallback) for fallback in report.fallbacks]}
         )  # fmt: skip
@@ -210,7 +209,7 @@ def bench(
     )
     compared = ratios(rows[0], rows[-1]) if against else None
     if json_:
-        _print_json({"rows": [row.as_json() for row in rows], "ratios": compared})
+        print_json({"rows": [row.as_json() for row in rows], "ratios": compared})
     else:
         print_tables([bench_table([row.as_json() for row in rows], compared)])
 
@@ -249,7 +248,7 @@ def evaluate(
         device=_device(device),
     )
     if json_:
-        _print_json(asdict(found))
+        print_json(asdict(found))
     else:
         for key, value in asdict(found).items():
             if value is not None:
@@ -290,7 +289,7 @@ def inspect(
 
     found = describe_model(model)
     if json_:
-        _print_json(found)
+        print_json(found)
         return
     for key, value in found.items():
         if key != "layers":
@@ -298,80 +297,6 @@ def inspect(
     for layer in found["layers"]:
         units = f"ffn {layer['ffn']:>6}   heads {layer['heads']:>3}   kv heads {layer['kv_heads']:>3}"
         typer.echo(f"layer {layer['layer']:>3}        {units}")
-
-
-@corpora_app.command("list")
-def corpora_list(json_: Json = False) -> None:
-    """List the catalog: language, domain, task, licence, size, whether it is here and was ever tried.
-
-    Example: cusprun-edge corpora list
-    """
-    from dataclasses import asdict
-
-    from cusprun.corpora.listing import list_entries
-
-    rows = list_entries()
-    if json_:
-        _print_json([asdict(row) for row in rows])
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for heading in ("name", "lang", "domain", "task", "licence", "MiB", "use", "here", "tried"):
-        table.add_column(heading, justify="right" if heading == "MiB" else "left", overflow="fold")
-    for row in rows:
-        size = "" if row.bytes is None else f"{row.bytes / 2**20:.1f}"
-        here, tried = "yes" if row.cached else "no", "yes" if row.tried else "untried"
-        table.add_row(row.name, row.language, row.domain, row.task or "text", row.licence, size, row.use, here, tried)
-    console = Console()
-    (console if console.is_terminal else Console(width=160)).print(table)
-
-
-@corpora_app.command("pull")
-def corpora_pull(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Catalog entries; default: those used by themselves.")
-    ] = None,
-    json_: Json = False,
-) -> None:
-    """Fetch, check and read text, so that builds work offline afterwards.
-
-    Example: cusprun-edge corpora pull
-    """
-    from dataclasses import asdict
-
-    from cusprun.corpora.listing import pull
-
-    rows = pull(names or [])
-    if json_:
-        _print_json([asdict(row) for row in rows])
-    else:
-        for row in rows:
-            typer.echo(f"{row.name}  {row.source}")
-
-
-@corpora_app.command("show")
-def corpora_show(
-    name: Annotated[str, typer.Argument(help="A catalog entry.")],
-    count: Annotated[int, typer.Option("-n", "--count", help="Documents of each side.")] = 2,
-    json_: Json = False,
-) -> None:
-    """Show the first documents of an entry on either side of the split.
-
-    Example: cusprun-edge corpora show tort-law-qa
-    """
-    from dataclasses import asdict
-
-    from cusprun.corpora.listing import show
-
-    samples = show(name, count)
-    if json_:
-        _print_json([asdict(sample) for sample in samples])
-        return
-    for sample in samples:
-        typer.echo(f"--- {sample.document.id} ({sample.side}, {len(sample.document.text)} characters)")
-        typer.echo(sample.document.text[:2000])
 
 
 def _artifact(path: Path) -> Path:
@@ -389,12 +314,6 @@ def _device(value: str) -> str:
     if value not in ("cpu", "cuda"):
         raise InvalidRequest(f"--device {value}: write cpu or cuda")
     return value
-
-
-def _print_json(value: Any) -> None:
-    import json
-
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def main() -> None:

@@ -32,7 +32,10 @@ from cusprun.plan import default_align, largest_ratio
 from cusprun.recipe import Recipe
 
 BITS = {"f32": 32, "f16": 16, "q8_0": 8.5, "q4_0": 4.5, "q4_1": 5, "q4_k_m": 5}  # a weight, block scales included
-TOKENS_PER_GFLOP = 0.35  # share of a matrix product's speed that whole-model passes reach here
+# For the rough time alone: what whole-model passes reach of one matrix product's speed, and what is measured.
+EFFICIENCY = 0.8
+TEXTS = 3
+QUESTION_TOKENS = 300
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,11 @@ class Prepared:
             a @ b
             times.append(time.perf_counter() - start)
         gflops = 2 * 512 * 1024 * 1024 / min(times) / 1e9
-        texts = 4 * 3 * self.recipe.eval_tokens if self.recipe.measure else 0
-        flops = 2 * self.sizes.parameters * (self.recipe.tokens + texts)
-        seconds = flops / (TOKENS_PER_GFLOP * gflops * 1e9) + 30 + (90 if self.recipe.measure else 0)
+        passes = self.recipe.tokens  # forward passes of the whole build, in tokens
+        if self.recipe.measure:
+            measured = 2 * len(self.recipe.quant)  # dense and expert
+            passes += measured * (TEXTS * self.recipe.eval_tokens + QUESTION_TOKENS * self.recipe.questions)
+        seconds = 2 * self.sizes.parameters * passes / (EFFICIENCY * gflops * 1e9) + 60
         return seconds / 60 * 0.7, seconds / 60 * 1.5
 
 
