@@ -28,7 +28,7 @@ from tests.conftest import write_text
 
 # A language that the catalog does not have: the user's own text is all there is, and nothing is fetched.
 OWN = "--lang tlh --corpus {made}/good.txt"
-QUICK = "--window 64 --tokens 1024 --no-measure"
+QUICK = "--window 64 --tokens 1024 --quant f32 --no-measure"
 BUILD = f"build --model {{made}}/good {OWN} {QUICK} --out out"
 UNREACHABLE = "http://127.0.0.1:9"  # the discard port: nothing answers
 GONE_LAYER = "model.layers.1.mlp.up_proj.weight"
