@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import cusprun.corpora
 from cusprun.corpora.catalog import (
     DOMAINS,
     LANGUAGES,
@@ -54,7 +55,7 @@ def test_unknown_licences_never_join_by_themselves() -> None:
 
 
 def test_an_unknown_licence_that_would_join_makes_the_catalog_invalid(tmp_path: Path) -> None:
-    text = Path(__file__).parents[2].joinpath("cusprun/corpora/catalog.yaml").read_text()
+    text = Path(cusprun.corpora.__file__).with_name("catalog.yaml").read_text()
     (tmp_path / "catalog.yaml").write_text(text.replace("licence: MIT", "licence: unknown", 1))
     with pytest.raises(Failed, match="unknown licence needs use: named"):
         load_catalog(tmp_path / "catalog.yaml")
