@@ -32,7 +32,17 @@ from cusprun.stages import Stages, sole_builder, sweep
 from cusprun.statistics import collect, load_statistics, save_statistics
 
 # Raise a stage's number when what it writes from the same inputs changes.
-VERSIONS = {"text": 1, "statistics": 1, "plan": 1, "model": 1, "gguf": 1, "quality": 1, "questions": 1, "speed": 1}
+VERSIONS = {
+    "text": 1,
+    "statistics": 1,
+    "plan": 1,
+    "refit": 1,
+    "model": 1,
+    "gguf": 1,
+    "quality": 1,
+    "questions": 1,
+    "speed": 1,
+}
 PROOF_WINDOWS = 8
 
 
@@ -115,15 +125,34 @@ class _Build:
             save_statistics(found, statistics_path)
 
         seen = self.stage("statistics", [text["key"], self.dense.sha256, self.recipe.device], [statistics_path], take)
-        fields = self.recipe.key("method", "combine", "ratio", "epsilon", "layout")
-        return self.stage(
-            "plan", [seen["key"], fields, str(self.align)], [], lambda: self._plan(statistics_path).to_json()
-        )
+        fields = self.recipe.key("combine", "ratio", "epsilon", "layout")
+        inputs = [seen["key"], fields, self.criterion, str(self.align)]
+        planned = self.stage("plan", inputs, [], lambda: self._plan(statistics_path).to_json())
+        if self.recipe.method != "refit":
+            return planned
+
+        def repair() -> dict[str, Any]:
+            from cusprun.refit import refit
+
+            plan = Plan.from_json(planned["value"], self.dense.anatomy)
+            windows = read_windows(self.windows_path)
+            return refit(self.dense.folder, plan, windows, self.refitted_path, device=self.recipe.device).to_json()
+
+        return self.stage("refit", [planned["key"], self.recipe.device], [self.refitted_path], repair)
+
+    @property
+    def criterion(self) -> str:
+        """What scores the neurons: refit takes its widths from Cus-Prun and chooses the units anew."""
+        return "cus-prun" if self.recipe.method == "refit" else self.recipe.method
+
+    @property
+    def refitted_path(self) -> Path:
+        return self.stages.folder / "refitted"
 
     def _plan(self, statistics_path: Path) -> Plan:
         recipe, anatomy = self.recipe, self.dense.anatomy
         scores = score_layers(
-            Weights(self.dense.folder), anatomy, load_statistics(statistics_path), recipe.method, recipe.combine
+            Weights(self.dense.folder), anatomy, load_statistics(statistics_path), self.criterion, recipe.combine
         )
         if recipe.removed_share is None:
             assert recipe.epsilon is not None
@@ -137,11 +166,13 @@ class _Build:
             f"{plan.expert.parameters / 1e6:.1f} M stay"
         )
         note = {"base": self.dense.id, "method": self.recipe.method, "scenario": str(self.prepared.scenario)}
-        compact(self.dense.folder, plan, self.out / "model", note=note)
+        refitted = self.refitted_path if self.recipe.method == "refit" else None
+        compact(self.dense.folder, plan, self.out / "model", refitted=refitted, note=note)
 
     @property
     def plan(self) -> Plan:
-        record = json.loads((self.stages.folder / "plan.json").read_text(encoding="utf-8"))
+        name = "refit" if self.recipe.method == "refit" else "plan"
+        record = json.loads((self.stages.folder / f"{name}.json").read_text(encoding="utf-8"))
         return Plan.from_json(record["value"], self.dense.anatomy)
 
     # artifacts -------------------------------------------------------------------------------------------------------
@@ -155,7 +186,7 @@ class _Build:
 
             windows = self._proof_windows()
             with written_whole(path) as part:  # under its own name only once llama.cpp has answered as torch does
-                candidate = part.with_suffix(".gguf")
+                candidate = part.with_name(f"{part.name}.gguf")  # a name that a later build sweeps away
                 try:
                     report = export_gguf(
                         self.out / "model", candidate, quant, name=self.prepared.name, metadata=self._metadata()

@@ -159,16 +159,11 @@ def _talk(conversation: Conversation, source: TextIO, sink: TextIO) -> None:
     while True:
         try:
             prompt = _read_line(source, sink).strip()
+            if prompt:
+                _show(conversation.answer(prompt), sink)
         except EOFError:
             print(file=sink)
             return
-        except KeyboardInterrupt:
-            print(file=sink)
-            continue
-        if not prompt:
-            continue
-        try:
-            _show(conversation.answer(prompt), sink)
         except KeyboardInterrupt:
             print(file=sink, flush=True)
         except (InvalidRequest, Failed) as error:
