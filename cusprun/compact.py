@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     import torch
 
 
-def compact(dense: Path, plan: Plan, out: Path, *, note: dict[str, Any] | None = None) -> None:
+def compact(
+    dense: Path, plan: Plan, out: Path, *, refitted: Path | None = None, note: dict[str, Any] | None = None
+) -> None:
     """Writes the model folder ``out``, whole or not at all, with only the units that ``plan`` keeps.
 
+    Tensors that the folder ``refitted`` holds are taken from there, in the dense tensor's element type.
     ``note`` joins what config.json says under ``cusprun``. Raises Failed where a tensor is missing or not finite.
     """
     weights = Weights(dense)
@@ -33,7 +36,13 @@ def compact(dense: Path, plan: Plan, out: Path, *, note: dict[str, Any] | None =
         config["cusprun"]["load_with"] = "import cusprun; AutoModelForCausalLM.from_pretrained(folder)"
     with folder_written_whole(out) as part:
         sizes = {name: _bytes(shape, weights.dtype(name)) for name, shape in shapes.items()}
-        write_weights(part, track(_sliced(weights, plan, shapes), "compacting", total=len(shapes)), sizes)
+        write_weights(
+            part,
+            track(
+                _sliced(weights, plan, shapes, Weights(refitted) if refitted else None), "compacting", total=len(shapes)
+            ),
+            sizes,
+        )
         copy_companions(dense, part)
         write_json(part / "config.json", config)
 
@@ -45,7 +54,9 @@ def _bytes(shape: tuple[int, ...], dtype: str) -> int:
     return size
 
 
-def _sliced(weights: Weights, plan: Plan, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor]]:
+def _sliced(
+    weights: Weights, plan: Plan, shapes: dict[str, tuple[int, ...]], refitted: Weights | None
+) -> Iterator[tuple[str, torch.Tensor]]:
     family = plan.expert.family
     by_name = {
         plan.expert.prefix(index) + coupling.tensor: (coupling, kept, plan.dense.layers[index])
@@ -54,7 +65,9 @@ def _sliced(weights: Weights, plan: Plan, shapes: dict[str, tuple[int, ...]]) ->
     }
     for name, shape in shapes.items():
         tensor = weights[name]
-        if name in by_name:
+        if refitted is not None and name in refitted:
+            tensor = refitted[name].to(tensor.dtype)
+        elif name in by_name:
             coupling, kept, before = by_name[name]
             index = unit_indices(kept, coupling.unit, before.heads // before.kv_heads, plan.dense.head_dim)
             tensor = tensor.index_select(coupling.axis, index)

@@ -33,7 +33,7 @@ from cusprun.recipe import Recipe
 
 BITS = {"f32": 32, "f16": 16, "q8_0": 8.5, "q4_0": 4.5, "q4_1": 5, "q4_k_m": 5}  # a weight, block scales included
 # For the rough time alone: what whole-model passes reach of one matrix product's speed, and what is measured.
-EFFICIENCY = 0.8
+EFFICIENCY = 0.6
 TEXTS = 3
 QUESTION_TOKENS = 300
 

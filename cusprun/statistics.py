@@ -8,7 +8,7 @@ not grow with depth. Moments are sums with counts: those of two shards of text a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,42 +77,50 @@ def _float64() -> torch.dtype:
     return torch.float64
 
 
-def collect(
+@dataclass(frozen=True)
+class Batch:
+    """What one layer did with one batch of tokens of one dimension; all float32, on the device."""
+
+    dimension: str
+    start: int  # number of the batch's first window within its dimension
+    window: int  # tokens of each window
+    channels: torch.Tensor  # inputs of down_proj, (tokens, channels)
+    heads: torch.Tensor  # inputs of o_proj, (tokens, query heads * head_dim)
+    out: torch.Tensor  # hidden state after the layer, (tokens, hidden)
+
+
+def walk(
     folder: Path,
     anatomy: Anatomy,
     windows: Mapping[str, np.ndarray],
     *,
+    label: str,
     device: str = "cpu",
     batch_tokens: int = 2048,
-) -> Statistics:
-    """Runs every dimension's windows through the model of ``folder`` once, layer by layer, in float32.
+) -> Iterator[tuple[int, Iterator[Batch]]]:
+    """Carries every dimension's windows through the model of ``folder``, one layer after the other, in float32.
 
-    ``windows`` maps each dimension to token ids, (n, window) int64. Raises InvalidRequest where a window is longer
-    than the model's sliding window or positions, Failed where a hidden state stops being finite.
+    Yields each layer's number and its batches; taking the batches moves the hidden states on, so every layer's are to
+    be taken to the end. ``windows`` maps each dimension to token ids, (n, window) int64. Raises InvalidRequest where
+    a window is longer than the model's sliding window or positions, Failed where a hidden state is not finite.
     """
     import torch
 
+    if not any(len(ids) for ids in windows.values()):
+        raise InvalidRequest("there is no text to take statistics of")
     layers = _Layers(folder, anatomy, device)
     hidden = {name: layers.embed(ids) for name, ids in windows.items()}
     layers.check_window(max(ids.shape[1] for ids in windows.values()))
-    statistics: Statistics = []
-    with torch.no_grad():
-        for index in track(range(len(anatomy.layers)), "statistics, layer by layer"):
-            with layers.loaded(index) as layer:
-                statistics.append(
-                    {name: _one_layer(layer, layers, states, batch_tokens) for name, states in hidden.items()}
-                )
-            for name, states in hidden.items():
-                if not torch.isfinite(states[-1]).all():
-                    raise Failed(f"layer {index} of {folder} gives values that are not finite on the {name} text")
-    return statistics
+    for index in track(range(len(anatomy.layers)), label):
+        with torch.no_grad(), layers.loaded(index) as layer:
+            yield index, _batches(layer, layers, hidden, batch_tokens)
+        for name, states in hidden.items():
+            if not torch.isfinite(states[-1]).all():
+                raise Failed(f"layer {index} of {folder} gives values that are not finite on the {name} text")
 
 
-def _one_layer(layer: Any, layers: _Layers, states: torch.Tensor, batch_tokens: int) -> LayerStatistics:
-    """Carries ``states``, (n, window, hidden), through one layer in place and returns what was seen."""
-    import torch
-
-    kv_heads = layer.self_attn.k_proj.out_features // layers.anatomy.head_dim
+def _batches(layer: Any, layers: _Layers, hidden: dict[str, torch.Tensor], batch_tokens: int) -> Iterator[Batch]:
+    """Takes ``hidden``, dimension to (n, window, hidden), through one layer in place."""
     seen: dict[str, torch.Tensor] = {}
 
     def watch(name: str) -> Any:
@@ -125,21 +133,43 @@ def _one_layer(layer: Any, layers: _Layers, states: torch.Tensor, batch_tokens: 
         layer.mlp.down_proj.register_forward_hook(watch("ffn")),
         layer.self_attn.o_proj.register_forward_hook(watch("attention")),
     ]
-    total: LayerStatistics | None = None
-    step = max(1, batch_tokens // states.shape[1])
-    for start in range(0, len(states), step):
-        batch = states[start : start + step].to(layers.device)
-        out = layer(batch, attention_mask=None, position_embeddings=layers.positions(batch.shape[1]))
-        states[start : start + step] = out.to(states.device)
-        scale = out.flatten(0, 1).norm(dim=1, keepdim=True).clamp_min(torch.finfo(out.dtype).tiny)
-        channels, heads = seen["ffn"] / scale, seen["attention"] / scale
-        part = LayerStatistics(Moments.of(channels, channels.shape[1]), Moments.of(heads, kv_heads))
-        total = part if total is None else total + part
+    for name, states in hidden.items():
+        step = max(1, batch_tokens // states.shape[1])
+        for start in range(0, len(states), step):
+            batch = states[start : start + step].to(layers.device)
+            out = layer(batch, attention_mask=None, position_embeddings=layers.positions(batch.shape[1]))
+            states[start : start + step] = out.to(states.device)
+            yield Batch(name, start, states.shape[1], seen["ffn"], seen["attention"], out.flatten(0, 1))
     for handle in handles:
         handle.remove()
-    if total is None:
-        raise InvalidRequest("there is no text to take statistics of")
-    return total
+
+
+def collect(
+    folder: Path,
+    anatomy: Anatomy,
+    windows: Mapping[str, np.ndarray],
+    *,
+    device: str = "cpu",
+    batch_tokens: int = 2048,
+) -> Statistics:
+    """Statistics of every layer and dimension, in one pass; see :func:`walk` for what it takes and raises."""
+    import torch
+
+    statistics: Statistics = []
+    passes = walk(
+        folder, anatomy, windows, label="statistics, layer by layer", device=device, batch_tokens=batch_tokens
+    )
+    for index, batches in passes:
+        layer: dict[str, LayerStatistics] = {}
+        for batch in batches:
+            scale = batch.out.norm(dim=1, keepdim=True).clamp_min(torch.finfo(batch.out.dtype).tiny)
+            part = LayerStatistics(
+                Moments.of(batch.channels / scale, batch.channels.shape[1]),
+                Moments.of(batch.heads / scale, anatomy.layers[index].kv_heads),
+            )
+            layer[batch.dimension] = layer[batch.dimension] + part if batch.dimension in layer else part
+        statistics.append(layer)
+    return statistics
 
 
 class _Layers:

@@ -217,6 +217,23 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes(
     assert interrupted >= 7
 
 
+def test_refit_changes_what_reads_the_neurons_and_nothing_else(
+    tmp_path: Path, expert: Path, pico_model: Path, own_text: Path
+) -> None:
+    from safetensors.numpy import load_file as load
+
+    out = tmp_path / "refitted"
+    run("build", "--model", pico_model, "--corpus", own_text, "--out", out, "--ratio", 0.3, "--method", "refit", *QUICK)
+    sliced, refitted = (load(folder / "model" / "model.safetensors") for folder in (expert, out))
+    dense = load(pico_model / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in sliced.items()} == {n: t.shape for n, t in refitted.items()}
+    before = {tuple(column) for column in dense["model.layers.1.mlp.down_proj.weight"].T}
+    assert not {tuple(column) for column in refitted["model.layers.1.mlp.down_proj.weight"].T} & before
+    rows = {tuple(row) for row in dense["model.layers.1.mlp.up_proj.weight"]}
+    assert {tuple(row) for row in refitted["model.layers.1.mlp.up_proj.weight"]} <= rows
+    assert json.loads((out / "expert.json").read_text())["method"]["name"] == "refit"
+
+
 def test_tied_and_untied_mistral_build(tmp_path: Path, own_text: Path) -> None:
     model = pico.save_model(tmp_path / "mistral", "mistral", tie_word_embeddings=False)
     run("build", "--model", model, "--corpus", own_text, "--out", tmp_path / "e", *QUICK)
