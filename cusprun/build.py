@@ -57,6 +57,7 @@ def build(recipe: Recipe, *, upto: str = "expert") -> dict[str, Any]:
     say(prepared.describe())
     with sole_builder(prepared.out):
         sweep(prepared.out)
+        sweep(cache_folder())
         recipe.save(prepared.out / "recipe.yaml")
         return {**_Build(prepared).run(upto), "folder": str(prepared.out)}
 
@@ -111,7 +112,7 @@ class _Build:
         def select() -> dict[str, Any]:
             return selection.write(load_tokenizer(self.dense.folder), self.windows_path, self.texts_path)
 
-        inputs = [selection.key(), self.dense.sha256]
+        inputs = [selection.key(), self.dense.key]
         return self.stage("text", inputs, [self.windows_path, self.texts_path], select)
 
     # the cut ---------------------------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ class _Build:
             found = collect(self.dense.folder, self.dense.anatomy, windows, device=self.recipe.device)
             save_statistics(found, statistics_path)
 
-        seen = self.stage("statistics", [text["key"], self.dense.sha256, self.recipe.device], [statistics_path], take)
+        seen = self.stage("statistics", [text["key"], self.dense.key, self.recipe.device], [statistics_path], take)
         fields = self.recipe.key("combine", "ratio", "epsilon", "layout")
         inputs = [seen["key"], fields, self.criterion, str(self.align)]
         planned = self.stage("plan", inputs, [], lambda: self._plan(statistics_path).to_json())
@@ -244,7 +245,7 @@ class _Build:
         from cusprun.exporters.gguf import export_gguf
 
         name = model_name(self.dense.id)
-        folder = cache_folder() / "dense-gguf" / f"{self.dense.sha256[:16]}-{VERSIONS['gguf']}"
+        folder = cache_folder() / "dense-gguf" / f"{self.dense.key[:16]}-{VERSIONS['gguf']}"
         path = folder / f"{name}-{quant}.gguf"
         if not path.is_file():
             export_gguf(self.dense.folder, path, quant, name=name)
@@ -259,7 +260,7 @@ class _Build:
         recipe, quant = self.recipe, artifact["quant"]
         expert, dense = self.out / artifact["path"], self._dense_gguf(quant)
         texts, asked = read_texts(self.texts_path)
-        both = [artifact["sha256"], self.dense.sha256]
+        both = [artifact["sha256"], self.dense.key]
         threads, device = recipe.threads, recipe.device
 
         def run_speed() -> Any:

@@ -31,7 +31,8 @@ def compact(
     weights = Weights(dense)
     shapes = dict(plan.expert.tensor_shapes())
     config = expert_config(read_config(dense), plan.expert)
-    config["cusprun"] = {**(config.get("cusprun") or {}), **(note or {})}
+    noted = {key: value for key, value in (config.get("cusprun") or {}).items() if not key.startswith("source_")}
+    config["cusprun"] = {**noted, **(note or {})}  # what the dense weights came from, these weights do not
     if config["model_type"] == plan.expert.family.per_layer_name:
         config["cusprun"]["load_with"] = "import cusprun; AutoModelForCausalLM.from_pretrained(folder)"
     with folder_written_whole(out) as part:

@@ -6,6 +6,7 @@ cached), or a hub id.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ class Dense:
     id: str
     folder: Path
     sha256: str  # of the weights as published: the .gguf, or the safetensors files one after the other
+    key: str  # sha256 over everything in the folder that a build depends on: weights, config and tokenizer
     bytes: int  # of those files
     anatomy: Anatomy
     licence: str | None
@@ -179,10 +181,12 @@ def _from_folder(folder: Path, name: str) -> Dense:
     digest = sha256_file(files[0]) if len(files) == 1 else _sha256_many(files)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     noted: dict[str, Any] = config.get("cusprun") or {}
+    settings = [path for path in (folder / "config.json", *(folder / name for name in COMPANIONS)) if path.is_file()]
     return Dense(
         id=name,
         folder=folder,
         sha256=noted.get("source_sha256", digest),
+        key=hashlib.sha256("".join([digest, *map(sha256_file, settings)]).encode()).hexdigest(),
         bytes=noted.get("source_bytes", sum(file.stat().st_size for file in files)),
         anatomy=anatomy,
         licence=noted.get("licence") or _card_licence(folder),
@@ -197,8 +201,6 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _sha256_many(files: list[Path]) -> str:
-    import hashlib
-
     return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
 
 

@@ -116,3 +116,23 @@ def test_a_failing_tensor_leaves_nothing(tmp_path: Path, pico_model: Path) -> No
     with pytest.raises(Failed, match=r"model\.layers\.2\.mlp\.up_proj\.weight"):
         compact(folder, plan, tmp_path / "expert")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nan"]
+
+
+def test_an_expert_is_another_model_than_the_dense_one(tmp_path: Path, pico_model: Path) -> None:
+    """It may be the input of a build itself: what was known of the dense weights' file is not passed on."""
+    import json
+    import shutil
+
+    from cusprun.dense import find_dense
+
+    folder = tmp_path / "from-gguf"
+    shutil.copytree(pico_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["cusprun"] = {"source_sha256": "0" * 64, "source_bytes": 5, "tokenizer_pre": "gpt-2", "licence": "mit"}
+    (folder / "config.json").write_text(json.dumps(config))
+    compact(folder, plan_of(folder, "per-layer", 0.3), tmp_path / "expert")
+    dense, expert = find_dense(str(folder)), find_dense(str(tmp_path / "expert"))
+    assert dense.sha256 == "0" * 64
+    assert expert.sha256 not in (dense.sha256, dense.key)
+    assert expert.licence == "mit"
+    assert len({dense.key, expert.key, find_dense(str(pico_model)).key}) == 3  # the same weights, another config

@@ -17,6 +17,7 @@ import numpy as np
 from cusprun.corpora.catalog import load_catalog
 from cusprun.corpora.document import Document, OwnText, Question, Scenario, WeightedDocument, fingerprint
 from cusprun.corpora.packing import pack_windows, render
+from cusprun.corpora.parsers import VERSION
 from cusprun.corpora.sampling import dimension_corpora, evaluation_texts, questions
 from cusprun.files import sha256_file, sha256_tree, written_whole
 
@@ -40,7 +41,7 @@ class Selection:
         dims = {name: _sha256(path) for name, path in self.dims.items()}
         catalog = [entry.model_dump(mode="json", exclude={"tried"}) for entry in load_catalog()]
         sizes = [self.tokens, self.window, self.questions, self.seed]
-        values = [asdict(self.scenario), own, dims, self.include, sizes, catalog]
+        values = [VERSION, asdict(self.scenario), own, dims, self.include, sizes, catalog]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def write(self, tokenizer: Any, windows_path: Path, texts_path: Path) -> dict[str, Any]:
