@@ -44,6 +44,7 @@ VERSIONS = {
     "speed": 1,
 }
 PROOF_WINDOWS = 8
+WIDTHS_STRIDE = 4  # with refit, every fourth window gives the widths
 
 
 def build(recipe: Recipe, *, upto: str = "expert") -> dict[str, Any]:
@@ -120,12 +121,17 @@ class _Build:
     def _planned(self, text: dict[str, Any]) -> dict[str, Any]:
         statistics_path = self.stages.folder / "statistics.safetensors"
 
+        # Refit chooses the units from all the text; the widths of the layers need less of it.
+        stride = WIDTHS_STRIDE if self.recipe.method == "refit" else 1
+
         def take() -> None:
-            windows = read_windows(self.windows_path)
+            windows = {name: ids[::stride] for name, ids in read_windows(self.windows_path).items()}
             found = collect(self.dense.folder, self.dense.anatomy, windows, device=self.recipe.device)
             save_statistics(found, statistics_path)
 
-        seen = self.stage("statistics", [text["key"], self.dense.key, self.recipe.device], [statistics_path], take)
+        seen = self.stage(
+            "statistics", [text["key"], self.dense.key, self.recipe.device, str(stride)], [statistics_path], take
+        )
         fields = self.recipe.key("combine", "ratio", "epsilon", "layout")
         inputs = [seen["key"], fields, self.criterion, str(self.align)]
         planned = self.stage("plan", inputs, [], lambda: self._plan(statistics_path).to_json())

@@ -17,7 +17,7 @@ Task = Annotated[str | None, typer.Option(help="Task: qa summarization classific
 Corpus = Annotated[list[str] | None, typer.Option(help="Your own text, FILE[:weight]; may be repeated.")]
 Dim = Annotated[list[str] | None, typer.Option(help="A further dimension, NAME=FILE; may be repeated.")]
 Include = Annotated[list[str] | None, typer.Option(help="A catalog entry not used by itself.")]
-Method = Annotated[str | None, typer.Option(help="cus-prun, or refit: the same widths, repaired by least squares.")]
+Method = Annotated[str | None, typer.Option(help="refit (least-squares repair), or cus-prun (slices alone).")]
 Combine = Annotated[str | None, typer.Option(help="intersection, mixture or max of the dimensions.")]
 Ratio = Annotated[float | None, typer.Option(help="Share of all parameters that goes; default 0.25.")]
 Epsilon = Annotated[float | None, typer.Option(help="Remove what changes a layer by no more than this.")]

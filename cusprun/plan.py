@@ -223,18 +223,25 @@ def _cumulative(units: UnitScores) -> torch.Tensor:
 
 def _per_layer(anatomy: Anatomy, scores: Sequence[LayerScores], target: float, align: int, share: float) -> Plan:
     """Greedy over steps: always the step, in any layer and kind, that adds the least squared change per parameter."""
+    tolerance = 0.01 * anatomy.parameters
     while True:
-        widths, removed = _greedy(anatomy, scores, target, align, share)
-        if removed >= target * 0.99 or share == 0:
+        for overshoot in (tolerance / 2, target):  # whole heads of small models are more than the tolerance
+            widths, removed = _greedy(anatomy, scores, target, align, share, overshoot)
+            if abs(removed - target) <= tolerance:
+                break
+        if abs(removed - target) <= tolerance or share == 0:
             break
         share = max(0.0, share - 0.2)  # whole heads and the alignment left too little: let the layers differ more
     return make_plan(anatomy, tuple(_keep(score, *width) for score, width in zip(scores, widths, strict=True)))
 
 
 def _greedy(
-    anatomy: Anatomy, scores: Sequence[LayerScores], target: float, align: int, share: float
+    anatomy: Anatomy, scores: Sequence[LayerScores], target: float, align: int, share: float, overshoot: float
 ) -> tuple[list[tuple[int, int]], int]:
-    """Widths (channels, kv heads) of every layer, and the parameters that are gone with them."""
+    """Widths (channels, kv heads) of every layer, and the parameters that are gone with them.
+
+    A step that goes over the target by more than ``overshoot`` parameters, or by more than is missing, is left out.
+    """
     removable = sum(layer.ffn * anatomy.ffn_unit_parameters() + _attention(anatomy, layer) for layer in anatomy.layers)
     kept_share = (1 - target / removable) * share
     kinds: list[_Strip] = []
@@ -251,8 +258,8 @@ def _greedy(
         _, index = heapq.heappop(steps)
         strip = kinds[index]
         size = strip.step() * strip.each
-        if removed + size - target > target - removed:
-            continue  # overshoots by more than is missing; a smaller step may fit
+        if removed + size - target > min(overshoot, target - removed):
+            continue  # a smaller step may fit
         strip.width -= strip.step()
         removed += size
         if (price := strip.price()) is not None:

@@ -38,7 +38,7 @@ class Recipe(BaseModel):
     corpus: tuple[str, ...] = Field((), description="the user's own text, FILE[:weight]")
     dim: tuple[str, ...] = Field((), description="a further dimension, NAME=FILE")
     include: tuple[str, ...] = Field((), description="catalog entries to use that are not used by themselves")
-    method: Literal["cus-prun", "refit"] = Field("cus-prun", description="how neurons are chosen and repaired")
+    method: Literal["refit", "cus-prun"] = Field("refit", description="how neurons are chosen and repaired")
     combine: Literal["intersection", "mixture", "max"] = Field("intersection", description="how dimensions combine")
     ratio: float | None = Field(None, gt=0, lt=1, description="share of all parameters that goes")
     epsilon: float | None = Field(None, gt=0, lt=1, description="remove what changes a layer by no more than this")

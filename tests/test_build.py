@@ -115,7 +115,7 @@ def test_calibration_text_is_not_evaluated_on(expert: Path, pico_model: Path) ->
 def test_the_same_command_keeps_every_stage(expert: Path, pico_model: Path, own_text: Path) -> None:
     before = artifacts(expert)
     done = run("build", "--model", pico_model, "--corpus", own_text, "--out", expert, "--ratio", 0.3, *MEASURED)
-    for stage in ("text", "statistics", "plan", "model", "gguf.f32", "speed.f32", "quality.f32"):
+    for stage in ("text", "statistics", "plan", "refit", "model", "gguf.f32", "speed.f32", "quality.f32"):
         assert f"{stage}: done before, kept" in done.stderr
     assert artifacts(expert) == before
     assert "decode" in done.stdout  # the table
@@ -217,21 +217,33 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes(
     assert interrupted >= 7
 
 
-def test_refit_changes_what_reads_the_neurons_and_nothing_else(
-    tmp_path: Path, expert: Path, pico_model: Path, own_text: Path
-) -> None:
-    from safetensors.numpy import load_file as load
-
-    out = tmp_path / "refitted"
-    run("build", "--model", pico_model, "--corpus", own_text, "--out", out, "--ratio", 0.3, "--method", "refit", *QUICK)
-    sliced, refitted = (load(folder / "model" / "model.safetensors") for folder in (expert, out))
-    dense = load(pico_model / "model.safetensors")
-    assert {name: tensor.shape for name, tensor in sliced.items()} == {n: t.shape for n, t in refitted.items()}
-    before = {tuple(column) for column in dense["model.layers.1.mlp.down_proj.weight"].T}
-    assert not {tuple(column) for column in refitted["model.layers.1.mlp.down_proj.weight"].T} & before
-    rows = {tuple(row) for row in dense["model.layers.1.mlp.up_proj.weight"]}
-    assert {tuple(row) for row in refitted["model.layers.1.mlp.up_proj.weight"]} <= rows
-    assert json.loads((out / "expert.json").read_text())["method"]["name"] == "refit"
+def test_cus_prun_slices_and_refit_repairs(tmp_path: Path, expert: Path, pico_model: Path, own_text: Path) -> None:
+    out = tmp_path / "sliced"
+    run(
+        "build",
+        "--model",
+        pico_model,
+        "--corpus",
+        own_text,
+        "--out",
+        out,
+        "--ratio",
+        0.3,
+        "--method",
+        "cus-prun",
+        *QUICK,
+    )
+    refitted, sliced = (load_file(folder / "model" / "model.safetensors") for folder in (expert, out))
+    dense = load_file(pico_model / "model.safetensors")
+    down, up = "model.layers.1.mlp.down_proj.weight", "model.layers.1.mlp.up_proj.weight"
+    columns = {tuple(column) for column in dense[down].T}
+    assert {tuple(column) for column in sliced[down].T} <= columns
+    assert not {tuple(column) for column in refitted[down].T} & columns
+    rows = {tuple(row) for row in dense[up]}
+    for tensors in (refitted, sliced):
+        assert {tuple(row) for row in tensors[up]} <= rows
+    names = [json.loads((folder / "expert.json").read_text())["method"]["name"] for folder in (expert, out)]
+    assert names == ["refit", "cus-prun"]
 
 
 def test_tied_and_untied_mistral_build(tmp_path: Path, own_text: Path) -> None:
