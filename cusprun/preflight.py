@@ -88,7 +88,8 @@ class Prepared:
             a @ b
             times.append(time.perf_counter() - start)
         gflops = 2 * 512 * 1024 * 1024 / min(times) / 1e9
-        passes = self.recipe.tokens  # forward passes of the whole build, in tokens
+        # Forward passes of the whole build, in tokens; refit's moments cost about as much as its pass.
+        passes = self.recipe.tokens * (2 if self.recipe.method == "refit" else 1)
         if self.recipe.measure:
             measured = 2 * len(self.recipe.quant)  # dense and expert
             passes += measured * (TEXTS * self.recipe.eval_tokens + QUESTION_TOKENS * self.recipe.questions)
