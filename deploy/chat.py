@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,18 +157,62 @@ class Conversation:
 
 def _talk(conversation: Conversation, source: TextIO, sink: TextIO) -> None:
     say("Ctrl-C ends an answer, Ctrl-D the conversation.")
-    while True:
-        try:
-            prompt = _read_line(source, sink).strip()
+    with _CtrlC() as ctrl_c:
+        while True:
+            try:
+                prompt = ctrl_c.read(source, sink).strip()
+            except EOFError:
+                print(file=sink)
+                return
             if prompt:
-                _show(conversation.answer(prompt), sink)
-        except EOFError:
-            print(file=sink)
-            return
+                try:
+                    _show(ctrl_c.cut(conversation.answer(prompt)), sink)
+                except (InvalidRequest, Failed) as error:
+                    say(str(error))
+
+
+class _CtrlC:
+    """Ctrl-C in a conversation: it empties the line that is being typed and ends the answer that is being given.
+
+    It raises only while a line is read, and once a line, so that no number of them at any moment ends the program.
+    """
+
+    def __init__(self) -> None:
+        self._reading = self._pressed = False
+
+    def __enter__(self) -> _CtrlC:
+        self._before = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _press(self, *_: object) -> None:
+        self._pressed = True
+        if self._reading:
+            self._reading = False
+            raise KeyboardInterrupt
+
+    def read(self, source: TextIO, sink: TextIO) -> str:
+        """A line without its end, empty where it was interrupted. Raises EOFError at the end of the input."""
+        try:
+            self._reading = True
+            line = _read_line(source, sink)
+            self._reading = False
         except KeyboardInterrupt:
             print(file=sink, flush=True)
-        except (InvalidRequest, Failed) as error:
-            say(str(error))
+            return ""
+        finally:
+            self._reading = False
+        return line
+
+    def cut(self, pieces: Iterator[str]) -> Iterator[str]:
+        """The pieces up to the next Ctrl-C."""
+        self._pressed = False
+        for piece in pieces:
+            yield piece
+            if self._pressed:
+                return
 
 
 def _read_line(source: TextIO, sink: TextIO) -> str:

@@ -149,3 +149,21 @@ def test_talk_in_a_terminal(expert: Path) -> None:
     finally:
         terminal.process.kill()
         os.close(terminal.master)
+
+
+def test_many_interruptions_at_once_end_no_conversation(expert: Path) -> None:
+    terminal = Terminal(str(expert), "400")
+    try:
+        terminal.until("> ")
+        for _ in range(3):
+            terminal.type("Who pays?\n")
+            for _ in range(8):
+                time.sleep(0.003)
+                terminal.type("\x03")
+        time.sleep(0.3)
+        assert terminal.process.poll() is None
+        terminal.type("\x04")
+        assert terminal.process.wait(timeout=30) == 0
+    finally:
+        terminal.process.kill()
+        os.close(terminal.master)
