@@ -18,13 +18,14 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from cusprun import __version__
+from cusprun.allocation import default_align, plan_epsilon, plan_ratio, score_layers
 from cusprun.checkpoint import Weights, load_tokenizer
 from cusprun.compact import compact
 from cusprun.corpora.cache import cache_folder
 from cusprun.corpora.selection import Selection, read_texts, read_windows
 from cusprun.dense import Dense, find_dense
 from cusprun.files import sha256_file, written_whole
-from cusprun.plan import Plan, default_align, plan_epsilon, plan_ratio, score_layers
+from cusprun.plan import Plan
 from cusprun.preflight import Prepared, model_name, prepare
 from cusprun.progress import say
 from cusprun.recipe import Recipe

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from cusprun.allocation import default_align, largest_ratio
 from cusprun.anatomy import Anatomy
 from cusprun.corpora.cache import cache_folder
 from cusprun.corpora.catalog import Entry, Source, check_scenario, find_entries, make_scenario
@@ -28,7 +29,6 @@ from cusprun.corpora.sampling import all_entries, calibration_entries
 from cusprun.corpora.sources import is_cached
 from cusprun.dense import Sizes, check_folder, local_path, read_sizes
 from cusprun.errors import Failed, InvalidRequest, MissingPackage
-from cusprun.plan import default_align, largest_ratio
 from cusprun.recipe import Recipe
 
 BITS = {"f32": 32, "f16": 16, "q8_0": 8.5, "q4_0": 4.5, "q4_1": 5, "q4_k_m": 5}  # a weight, block scales included

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cusprun.allocation import plan_ratio, score_layers
 from cusprun.anatomy import describe
 from cusprun.checkpoint import Weights, load_model
 from cusprun.compact import compact
-from cusprun.plan import plan_ratio, score_layers
 from cusprun.refit import RIDGES, Gram, choose_columns, choose_groups, fit, least_squares, refit, solve_symmetric
 from cusprun.statistics import collect
 from tests import pico

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from cusprun.allocation import Layout, default_align, largest_ratio, plan_epsilon, plan_ratio
 from cusprun.anatomy import Anatomy, LayerWidths, describe
 from cusprun.errors import InvalidRequest
 from cusprun.importance.combine import LayerScores, UnitScores
-from cusprun.plan import Layout, Plan, default_align, largest_ratio, plan_epsilon, plan_ratio
+from cusprun.plan import Plan
 from tests import pico
 
 BIG = LayerWidths(1536, 9, 3)
