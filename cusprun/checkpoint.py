@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cusprun.anatomy import FAMILIES, Anatomy, Family, describe
 from cusprun.errors import Failed, InvalidRequest
+from cusprun.tensor_file import TensorFile, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +45,6 @@ class Weights:
 
     def __init__(self, folder: Path) -> None:
         """Reads the headers. Raises InvalidRequest where the folder has no safetensors or a file is damaged."""
-        from safetensors import SafetensorError, safe_open
-
         index = folder / INDEX
         if index.is_file():
             try:
@@ -61,13 +60,10 @@ class Weights:
             pickled = sorted(path.name for path in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
             hint = f" ({', '.join(pickled)} is a pickle and is not read: convert it to safetensors)" if pickled else ""
             raise InvalidRequest(f"{missing[0]} is missing{hint}")
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, TensorFile] = {}
         for path in paths:
-            try:
-                file = safe_open(path, framework="pt")
-                self._files.update(dict.fromkeys(file.keys(), file))
-            except (SafetensorError, OSError) as error:
-                raise InvalidRequest(f"{path} is not a whole safetensors file: {error}") from error
+            file = TensorFile(path)
+            self._files.update(dict.fromkeys(file, file))
         self.folder = folder
 
     def __contains__(self, name: str) -> bool:
@@ -77,11 +73,11 @@ class Weights:
         return iter(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return self._files[name].shape(name)
 
     def dtype(self, name: str) -> str:
         """The safetensors name of the element type: F32, F16, BF16 ..."""
-        return str(self._files[name].get_slice(name).get_dtype())
+        return self._files[name].dtype(name)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """The tensor, in its stored element type. Raises Failed naming it where it is absent or not finite."""
@@ -89,8 +85,8 @@ class Weights:
 
         if name not in self._files:
             raise Failed(f"{self.folder} has no tensor {name}")
-        tensor: torch.Tensor = self._files[name].get_tensor(name)
-        if not torch.isfinite(tensor).all():
+        tensor = self._files[name][name]
+        if tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():  # NaN comes through: no copy
             raise Failed(f"{self.folder}: tensor {name} holds NaN or infinity")
         return tensor
 
@@ -119,13 +115,11 @@ class Weights:
 def write_weights(
     folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], sizes: Mapping[str, int], shard_bytes: int = 2**30
 ) -> None:
-    """Writes tensors one shard at a time, never holding more than a shard.
+    """Writes tensors one by one into shards of at most ``shard_bytes``, never holding more than a tensor.
 
     ``sizes`` gives each tensor's bytes in the order in which ``tensors`` yields them, so that the shards' names,
-    which count them, are known before the first is written.
+    which count them, are known before the first is written. Raises ValueError where what comes is not what was said.
     """
-    from safetensors.torch import save_file
-
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -138,13 +132,11 @@ def write_weights(
     files = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     stream = iter(tensors)
     for file, names in zip(files, shards, strict=True):
-        held = {}
-        for name in names:
-            given, tensor = next(stream)
-            if given != name:
-                raise ValueError(f"expected tensor {name}, was given {given}")
-            held[name] = tensor.contiguous()
-        save_file(held, folder / file, metadata={"format": "pt"})
+        written, said = write_tensors(folder / file, names, stream), sum(sizes[name] for name in names)
+        if written != said:
+            raise ValueError(f"{file}: its tensors take {written} bytes, not {said}")
+    if (more := next(stream, None)) is not None:
+        raise ValueError(f"tensor {more[0]} is one too many")
     if count > 1:
         index = {
             "metadata": {"total_size": sum(sizes.values())},
