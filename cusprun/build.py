@@ -304,7 +304,7 @@ class _Build:
             scenario={**self.prepared.scenario.given(), "name": self.prepared.name},
             method=self._method(plan),
             before=plan.dense.layers,
-            after=plan.expert.layers,
+            after=plan.widths,
             speed=TypeAdapter(list[speed.BenchRow]).validate_python(speeds["value"]),
             quality=TypeAdapter(dict[str, quality.QualityPair]).validate_python(read["value"]),
             tasks={"questions": TypeAdapter(tuple[tasks.McResult, tasks.McResult]).validate_python(answers)}

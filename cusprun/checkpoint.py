@@ -148,16 +148,18 @@ def write_weights(
 def expert_config(dense: dict[str, Any], anatomy: Anatomy) -> dict[str, Any]:
     """config.json of a compacted model: stock where every layer has the same widths, per-layer otherwise.
 
-    A uniform layout whose head count the stock config would refuse (Llama wants it to divide the hidden size) is
-    written in the per-layer form, which holds it.
+    A uniform layout that the stock classes would refuse (Llama wants a head count that divides the hidden size,
+    Mistral has no biases) is written in the per-layer form, which holds it.
     """
     config = {key: value for key, value in dense.items() if not key.startswith("layer_")}
-    layers = anatomy.layers
+    layers, family = anatomy.layers, anatomy.family
+    config["num_hidden_layers"] = len(layers)
     config["head_dim"] = anatomy.head_dim
     config["intermediate_size"] = max(layer.ffn for layer in layers)
     config["num_attention_heads"] = max(layer.heads for layer in layers)
     config["num_key_value_heads"] = max(layer.kv_heads for layer in layers)
-    family = anatomy.family
+    if family.biases or anatomy.attention_bias or anatomy.mlp_bias:
+        config["attention_bias"], config["mlp_bias"] = anatomy.attention_bias, anatomy.mlp_bias
     if is_stock(anatomy):
         config["model_type"] = family.name
         config["architectures"] = [family.model_class]
@@ -172,8 +174,10 @@ def expert_config(dense: dict[str, Any], anatomy: Anatomy) -> dict[str, Any]:
 
 def is_stock(anatomy: Anatomy) -> bool:
     """Whether stock transformers can load the layout without cusprun."""
-    fits = not anatomy.family.heads_divide_hidden or anatomy.hidden_size % anatomy.layers[0].heads == 0
-    return anatomy.uniform and fits
+    family = anatomy.family
+    if not anatomy.uniform or (not family.biases and (anatomy.attention_bias or anatomy.mlp_bias)):
+        return False
+    return not family.heads_divide_hidden or anatomy.hidden_size % anatomy.layers[0].heads == 0
 
 
 def per_layer_class_name(family: Family) -> str:

@@ -71,22 +71,23 @@ def describe(folder: Path) -> Anatomy:
             config[key][index] if isinstance(config.get(key), list) and len(config[key]) == layers else None
             for key in ("layer_intermediate_sizes", "layer_num_attention_heads", "layer_num_key_value_heads")
         ]
-        if config.get("model_type") == family.per_layer_name and None in per_layer:
+        if config.get("model_type") == family.per_layer_name and not all(isinstance(entry, int) for entry in per_layer):
             raise InvalidRequest(f"{folder}/config.json: the per-layer sizes must be three lists of {layers} integers")
         ffn, query, kv = per_layer
         widths.append(
             LayerWidths(
-                ffn=ffn or size("intermediate_size"),
-                heads=query or heads,
-                kv_heads=kv or size("num_key_value_heads", heads),
+                ffn=size("intermediate_size") if ffn is None else ffn,
+                heads=heads if query is None else query,
+                kv_heads=size("num_key_value_heads", heads) if kv is None else kv,
             )
         )
     for index, layer in enumerate(widths):
-        if min(layer.ffn, layer.heads, layer.kv_heads) < 1 or layer.heads % layer.kv_heads:
+        if not layer.possible(first=index == 0):
             raise InvalidRequest(
                 f"{folder}/config.json: layer {index} has {layer.heads} query heads on {layer.kv_heads} kv heads, "
                 f"{layer.ffn} channels"
             )
+    biases = family.biases or config.get("model_type") == family.per_layer_name
     return Anatomy(
         family=family,
         hidden_size=hidden,
@@ -94,6 +95,6 @@ def describe(folder: Path) -> Anatomy:
         vocab_size=size("vocab_size"),
         layers=tuple(widths),
         tied=bool(config.get("tie_word_embeddings", family.tied_default)),
-        attention_bias=bool(config.get("attention_bias", False)) if family.biases else False,
-        mlp_bias=bool(config.get("mlp_bias", False)) if family.biases else False,
+        attention_bias=bool(config.get("attention_bias", False)) if biases else False,
+        mlp_bias=bool(config.get("mlp_bias", False)) if biases else False,
     )

@@ -6,9 +6,9 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
 
-from cusprun.anatomy.per_layer import check_layer_lists, resize_layers
+from cusprun.anatomy.per_layer import FeedForwardOnly, check_layer_lists, resize_layers
 
 
 @strict
@@ -27,15 +27,20 @@ class PerLayerConfig(LlamaConfig):
             check_layer_lists(self)
 
 
+class LlamaLayerWithoutAttention(FeedForwardOnly, LlamaDecoderLayer):
+    """A decoder layer whose attention block is gone."""
+
+
 class CusprunLlamaForCausalLM(LlamaForCausalLM):
     """LlamaForCausalLM whose layers have the widths that the config lists."""
 
     config_class = PerLayerConfig
+    _no_split_modules = ["LlamaDecoderLayer", "LlamaLayerWithoutAttention"]  # noqa: RUF012
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         check_layer_lists(config)
-        resize_layers(self, config)
+        resize_layers(self, config, LlamaLayerWithoutAttention)
         self.post_init()
 
 

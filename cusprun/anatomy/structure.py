@@ -45,11 +45,28 @@ class Family:
 
 @dataclass(frozen=True)
 class LayerWidths:
-    """Units of one decoder layer: FFN channels, query heads, kv heads."""
+    """Units of one decoder layer: FFN channels, query heads, kv heads.
+
+    Without heads the layer has no attention block, and so no input_layernorm either.
+    """
 
     ffn: int
     heads: int
     kv_heads: int
+
+    @property
+    def queries_per_kv(self) -> int:
+        """Query heads on each kv head, 0 where the layer has no attention."""
+        return self.heads // self.kv_heads if self.kv_heads else 0
+
+    def possible(self, *, first: bool) -> bool:
+        """Whether the runtimes compute such a layer: with an FFN, and with attention in whole groups or none at all.
+
+        The first layer of a model needs attention: torch and llama.cpp read from its cache how much text there was.
+        """
+        if self.heads == self.kv_heads == 0:
+            return self.ffn >= 1 and not first
+        return min(self.ffn, self.heads, self.kv_heads) >= 1 and self.heads % self.kv_heads == 0
 
 
 @dataclass(frozen=True)
@@ -62,8 +79,8 @@ class Anatomy:
     vocab_size: int
     layers: tuple[LayerWidths, ...]
     tied: bool
-    attention_bias: bool
-    mlp_bias: bool
+    attention_bias: bool  # q, k, v and o have biases, in every layer
+    mlp_bias: bool  # gate, up and down have
 
     @property
     def uniform(self) -> bool:
@@ -94,13 +111,23 @@ class Anatomy:
         attention = 2 * (widths.heads + widths.kv_heads) * self.head_dim * self.hidden_size
         return attention + 3 * widths.ffn * self.hidden_size
 
+    def attention_parameters(self, widths: LayerWidths) -> int:
+        """Parameters of a layer's attention block: what goes when it is removed whole, its norm included."""
+        if widths.heads == 0:
+            return 0
+        matrices = 2 * (widths.heads + widths.kv_heads) * self.head_dim * self.hidden_size
+        rows = (widths.heads + 2 * widths.kv_heads) * self.head_dim + self.hidden_size
+        return matrices + (rows if self.attention_bias else 0) + self.hidden_size
+
+    def ffn_parameters(self, widths: LayerWidths) -> int:
+        """Parameters of a layer's FFN with its norm; 0 for a layer that is not there."""
+        if widths.ffn == 0:
+            return 0
+        rows = 2 * widths.ffn + self.hidden_size
+        return 3 * widths.ffn * self.hidden_size + (rows if self.mlp_bias else 0) + self.hidden_size
+
     def layer_parameters(self, widths: LayerWidths) -> int:
-        biases = 0
-        if self.attention_bias:
-            biases += (widths.heads + 2 * widths.kv_heads) * self.head_dim + self.hidden_size
-        if self.mlp_bias:
-            biases += 2 * widths.ffn + self.hidden_size
-        return self.layer_matrices(widths) + biases + 2 * self.hidden_size
+        return self.attention_parameters(widths) + self.ffn_parameters(widths)
 
     @property
     def parameters(self) -> int:
@@ -119,18 +146,22 @@ class Anatomy:
         yield self.family.embedding, (self.vocab_size, hidden)
         for index, widths in enumerate(self.layers):
             prefix = self.prefix(index)
-            yield f"{prefix}input_layernorm.weight", (hidden,)
-            yield f"{prefix}post_attention_layernorm.weight", (hidden,)
             q, kv = widths.heads * dim, widths.kv_heads * dim
-            for name, rows, columns, bias in (
+            attention = (
                 ("self_attn.q_proj", q, hidden, self.attention_bias),
                 ("self_attn.k_proj", kv, hidden, self.attention_bias),
                 ("self_attn.v_proj", kv, hidden, self.attention_bias),
                 ("self_attn.o_proj", hidden, q, self.attention_bias),
+            )
+            ffn = (
                 ("mlp.gate_proj", widths.ffn, hidden, self.mlp_bias),
                 ("mlp.up_proj", widths.ffn, hidden, self.mlp_bias),
                 ("mlp.down_proj", hidden, widths.ffn, self.mlp_bias),
-            ):
+            )
+            if widths.heads:
+                yield f"{prefix}input_layernorm.weight", (hidden,)
+            yield f"{prefix}post_attention_layernorm.weight", (hidden,)
+            for name, rows, columns, bias in (*(attention if widths.heads else ()), *ffn):
                 yield f"{prefix}{name}.weight", (rows, columns)
                 if bias:
                     yield f"{prefix}{name}.bias", (rows,)
