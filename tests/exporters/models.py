@@ -25,13 +25,24 @@ PER_LAYER_MHA = {
     "num_key_value_heads": 4,
 }
 
+# Layers without attention in the middle and at the end, beside ones of the same width with it.
+WITHOUT_ATTENTION: dict[str, Any] = {
+    "num_hidden_layers": 5,
+    "layer_intermediate_sizes": [96, 128, 96, 32, 64],
+    "layer_num_attention_heads": [4, 0, 2, 0, 0],
+    "layer_num_key_value_heads": [2, 0, 1, 0, 0],
+    "intermediate_size": 128,
+}
+
 
 def make(
     folder: Path, *, layout: str = "uniform", attention: str = "gqa", family: str = "llama", **settings: Any
 ) -> Path:
-    """A pico model folder; ``layout`` uniform or per-layer, ``attention`` gqa or mha."""
+    """A pico model folder; ``layout`` uniform, per-layer or without-attention, ``attention`` gqa or mha."""
     sizes: dict[str, Any] = {}
-    if layout == "per-layer":
+    if layout == "without-attention":
+        family, sizes = f"cusprun_{family}", dict(WITHOUT_ATTENTION)
+    elif layout == "per-layer":
         family = f"cusprun_{family}"
         sizes = dict(PER_LAYER_MHA if attention == "mha" else PER_LAYER)
     elif attention == "mha":

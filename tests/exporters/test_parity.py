@@ -8,9 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cusprun.anatomy import describe
+from cusprun.compact import compact
 from cusprun.exporters.gguf import QUANTS, export_gguf
 from cusprun.exporters.proof import compare_on_windows, prove_gguf
+from cusprun.plan import LayerPlan, make_plan
+from cusprun.runtimes.gguf_header import load_metadata
+from cusprun.runtimes.llamacpp import LlamaCppRuntime
+from cusprun.runtimes.torch_runtime import TorchRuntime
 from tests.exporters.models import make, windows
+from tests.test_structure import write_biases
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
 LLAMA3 = {
@@ -59,6 +66,53 @@ def test_mistral_equals_torch(tmp_path: Path, layout: str) -> None:
 )
 def test_rope_scaling_equals_torch(tmp_path: Path, layout: str, rope: dict[str, Any]) -> None:
     assert_equal(compare(make(tmp_path / "model", layout=layout, rope_parameters=rope), tmp_path))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("biases", [{}, BIASES], ids=["plain", "biases"])
+def test_layers_without_attention_equal_torch(tmp_path: Path, family: str, biases: dict[str, bool]) -> None:
+    """Mistral has no biases of its own: an expert that was given some is a deci file like Llama's."""
+    extra = {"sliding_window": None} if family == "mistral" else {}
+    folder = make(tmp_path / "model", layout="without-attention", family=family, **extra, **biases)
+    report = export_gguf(folder, tmp_path / "model.gguf", "f32")
+    info = load_metadata(report.path)
+    assert report.arch == "deci"
+    assert [layer.heads for layer in info.layers] == [4, 0, 2, 0, 0]
+    assert report.parameters == describe(folder).parameters
+    assert "blk.1.attn_norm.weight" not in report.types
+    assert ("blk.3.ffn_down.bias" in report.types) == bool(biases)
+    found = compare(folder, tmp_path)
+    assert_equal(found)
+    assert found["kld_mean"] <= 1e-8
+    ids = windows(folder)[0].tolist()
+    runs = [
+        LlamaCppRuntime(report.path, context=64, threads=1, exact=True),
+        TorchRuntime(folder, context=64, threads=1),
+    ]
+    np.testing.assert_allclose(*[run.logits(ids) for run in runs], atol=1e-4, rtol=0)
+    for quant in ("q8_0", "q4_0"):
+        assert compare(folder, tmp_path, quant)["kld_mean"] < 1.0
+
+
+def test_compacted_layers_and_biases_equal_torch(tmp_path: Path) -> None:
+    """A whole layer and an attention block cut out of a dense model, and biases that compensate for what went."""
+    folder = make(tmp_path / "dense", num_hidden_layers=4)
+    anatomy = describe(folder)
+    whole, some = LayerPlan(tuple(range(128)), (0, 1)), tuple(range(0, 128, 2))
+    layers = (whole, LayerPlan((), ()), LayerPlan(some, ()), LayerPlan(some, (1,)))
+    plan = make_plan(anatomy, layers, attention_bias=True, mlp_bias=True)
+    write_biases(tmp_path / "refitted", anatomy, [0, 3])
+    compact(folder, plan, tmp_path / "expert", refitted=tmp_path / "refitted")
+    assert_equal(compare(tmp_path / "expert", tmp_path))
+
+
+def test_whole_layers_alone_stay_llama(tmp_path: Path) -> None:
+    folder = make(tmp_path / "dense", num_hidden_layers=4)
+    whole = LayerPlan(tuple(range(128)), (0, 1))
+    compact(folder, make_plan(describe(folder), (whole, LayerPlan((), ()), whole, whole)), tmp_path / "expert")
+    report = export_gguf(tmp_path / "expert", tmp_path / "model.gguf", "f32")
+    assert (report.arch, len(load_metadata(report.path).layers)) == ("llama", 3)
+    assert_equal(compare(tmp_path / "expert", tmp_path))
 
 
 def test_wrong_rope_is_noticed(tmp_path: Path) -> None:
