@@ -1,15 +1,16 @@
 """The layer-by-layer pass: windows of text go in, second moments of the inputs of down_proj and o_proj come out.
 
-Each token's inputs are divided by the norm of the layer's output at that token, so that a moment times the weights that
-read it is a relative change: without that a few tokens with massive activations decide every sum.
+For the relative moments each token's inputs are divided by the norm of the layer's output at that token, so that a
+moment times the weights that read it is a relative change: without that a few tokens with massive activations decide
+every sum. The plain moments, and the gradients of :mod:`cusprun.gradients`, are taken where a criterion needs them.
 One decoder layer's weights are held at a time and the hidden states are carried from layer to layer, so memory does
 not grow with depth. Moments are sums with counts: those of two shards of text add up to those of both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,62 +20,11 @@ from cusprun.anatomy import Anatomy
 from cusprun.checkpoint import Weights
 from cusprun.errors import Failed, InvalidRequest
 from cusprun.files import written_whole
+from cusprun.moments import NEEDS, RELATIVE, GradientSums, LayerStatistics, Moments, Need, Statistics, UnitMoments
 from cusprun.progress import track
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Sums over tokens of a vector x and of its products, within blocks of neighbouring entries.
-
-    ``first`` is Σ x, (n,); ``second`` is Σ x xᵀ, (blocks, n/blocks, n/blocks): blocks = n keeps the diagonal only,
-    blocks = 1 the whole matrix. Both float64.
-    """
-
-    count: float
-    first: torch.Tensor
-    second: torch.Tensor
-
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(self.count + other.count, self.first + other.first, self.second + other.second)
-
-    @classmethod
-    def of(cls, x: torch.Tensor, blocks: int) -> Moments:
-        """Moments of the rows of ``x``, (tokens, n). Products are formed in float32, sums over calls in float64."""
-        tokens, n = x.shape
-        if blocks == n:
-            second = x.square().sum(0, dtype=_float64()).reshape(n, 1, 1)
-        else:
-            pieces = x.reshape(tokens, blocks, n // blocks).transpose(0, 1)  # (blocks, tokens, n/blocks)
-            second = (pieces.transpose(1, 2) @ pieces).double()
-        return cls(tokens, x.sum(0, dtype=_float64()).cpu(), second.cpu())
-
-    def diagonal(self) -> torch.Tensor:
-        """Σ x², (n,)."""
-        return self.second.diagonal(dim1=1, dim2=2).reshape(-1)
-
-
-@dataclass(frozen=True)
-class LayerStatistics:
-    """What one decoder layer did on one dimension's text."""
-
-    ffn: Moments  # inputs of down_proj over ‖layer output‖: the channels, diagonal
-    attention: Moments  # inputs of o_proj over ‖layer output‖: one block a kv group, its query heads side by side
-
-    def __add__(self, other: LayerStatistics) -> LayerStatistics:
-        return LayerStatistics(self.ffn + other.ffn, self.attention + other.attention)
-
-
-# One entry a layer, from dimension to what was seen on its text.
-Statistics = list[dict[str, LayerStatistics]]
-
-
-def _float64() -> torch.dtype:
-    import torch
-
-    return torch.float64
 
 
 @dataclass(frozen=True)
@@ -110,7 +60,7 @@ def walk(
         raise InvalidRequest("there is no text to take statistics of")
     layers = _Layers(folder, anatomy, device)
     hidden = {name: layers.embed(ids) for name, ids in windows.items()}
-    layers.check_window(max(ids.shape[1] for ids in windows.values()))
+    check_window(layers.config, max(ids.shape[1] for ids in windows.values()))
     for index in track(range(len(anatomy.layers)), label):
         with torch.no_grad(), layers.loaded(index) as layer:
             yield index, _batches(layer, layers, hidden, batch_tokens)
@@ -129,17 +79,17 @@ def _batches(layer: Any, layers: _Layers, hidden: dict[str, torch.Tensor], batch
 
         return hook
 
-    handles = [
-        layer.mlp.down_proj.register_forward_hook(watch("ffn")),
-        layer.self_attn.o_proj.register_forward_hook(watch("attention")),
-    ]
+    handles = [layer.mlp.down_proj.register_forward_hook(watch("ffn"))]
+    if attention := getattr(layer, "self_attn", None):
+        handles.append(attention.o_proj.register_forward_hook(watch("attention")))
     for name, states in hidden.items():
         step = max(1, batch_tokens // states.shape[1])
         for start in range(0, len(states), step):
             batch = states[start : start + step].to(layers.device)
             out = layer(batch, attention_mask=None, position_embeddings=layers.positions(batch.shape[1]))
             states[start : start + step] = out.to(states.device)
-            yield Batch(name, start, states.shape[1], seen["ffn"], seen["attention"], out.flatten(0, 1))
+            heads = seen["attention"] if attention else seen["ffn"][:, :0]  # a layer without attention reads none
+            yield Batch(name, start, states.shape[1], seen["ffn"], heads, out.flatten(0, 1))
     for handle in handles:
         handle.remove()
 
@@ -149,12 +99,43 @@ def collect(
     anatomy: Anatomy,
     windows: Mapping[str, np.ndarray],
     *,
+    needs: Collection[Need] = RELATIVE,
+    gradient_windows: int | None = None,
     device: str = "cpu",
     batch_tokens: int = 2048,
 ) -> Statistics:
-    """Statistics of every layer and dimension, in one pass; see :func:`walk` for what it takes and raises."""
-    import torch
+    """Statistics of every layer and dimension; ``needs`` says which, see :class:`Criterion`.
 
+    Moments take one pass, none where only gradients or nothing is needed. ``gradient_windows`` bounds the windows of
+    each dimension that gradients are taken of. Takes and raises what :func:`walk` does, and Failed where a loss is not
+    finite.
+    """
+    if unknown := set(needs) - set(NEEDS):
+        raise ValueError(f"there are no statistics called {', '.join(sorted(unknown))}; there are {', '.join(NEEDS)}")
+    statistics: Statistics = [
+        {name: LayerStatistics() for name, ids in windows.items() if len(ids)} for _ in anatomy.layers
+    ]
+    if "relative" in needs or "plain" in needs:
+        statistics = _collect_moments(folder, anatomy, windows, needs, device, batch_tokens)
+    if "gradients" in needs:
+        from cusprun.gradients import collect_gradients
+
+        found = collect_gradients(folder, anatomy, windows, most=gradient_windows, device=device)
+        statistics = [
+            {name: replace(part, gradients=sums[name]) for name, part in layer.items()}
+            for layer, sums in zip(statistics, found, strict=True)
+        ]
+    return statistics
+
+
+def _collect_moments(
+    folder: Path,
+    anatomy: Anatomy,
+    windows: Mapping[str, np.ndarray],
+    needs: Collection[Need],
+    device: str,
+    batch_tokens: int,
+) -> Statistics:
     statistics: Statistics = []
     passes = walk(
         folder, anatomy, windows, label="statistics, layer by layer", device=device, batch_tokens=batch_tokens
@@ -162,14 +143,37 @@ def collect(
     for index, batches in passes:
         layer: dict[str, LayerStatistics] = {}
         for batch in batches:
-            scale = batch.out.norm(dim=1, keepdim=True).clamp_min(torch.finfo(batch.out.dtype).tiny)
             part = LayerStatistics(
-                Moments.of(batch.channels / scale, batch.channels.shape[1]),
-                Moments.of(batch.heads / scale, anatomy.layers[index].kv_heads),
+                _relative(batch, anatomy.layers[index].kv_heads) if "relative" in needs else None,
+                _plain(batch) if "plain" in needs else None,
             )
             layer[batch.dimension] = layer[batch.dimension] + part if batch.dimension in layer else part
         statistics.append(layer)
     return statistics
+
+
+def _relative(batch: Batch, kv_heads: int) -> UnitMoments:
+    """Moments of the inputs over the norm of the layer's output at their token."""
+    import torch
+
+    scale = batch.out.norm(dim=1, keepdim=True).clamp_min(torch.finfo(batch.out.dtype).tiny)
+    channels, heads = batch.channels / scale, batch.heads / scale
+    return UnitMoments(Moments.of(channels, channels.shape[1]), Moments.of(heads, kv_heads))
+
+
+def _plain(batch: Batch) -> UnitMoments:
+    """Diagonal moments of the inputs as they are."""
+    return UnitMoments(*(Moments.of(inputs, inputs.shape[1]) for inputs in (batch.channels, batch.heads)))
+
+
+def check_window(config: Any, window: int) -> None:
+    """Raises InvalidRequest where ``window`` tokens are more than the model of ``config`` reads at once."""
+    limits = {"max_position_embeddings": config.max_position_embeddings}
+    if sliding := getattr(config, "sliding_window", None):
+        limits["sliding_window"] = sliding
+    for name, limit in limits.items():
+        if window > limit:
+            raise InvalidRequest(f"--window {window} is longer than the model's {name}, {limit}")
 
 
 class _Layers:
@@ -190,14 +194,6 @@ class _Layers:
         self.skeleton = skeleton.model.layers
         self.rotary = type(skeleton.model.rotary_emb)(self.config).to(device)
         self._positions: dict[int, Any] = {}
-
-    def check_window(self, window: int) -> None:
-        limits = {"max_position_embeddings": self.config.max_position_embeddings}
-        if sliding := getattr(self.config, "sliding_window", None):
-            limits["sliding_window"] = sliding
-        for name, limit in limits.items():
-            if window > limit:
-                raise InvalidRequest(f"--window {window} is longer than the model's {name}, {limit}")
 
     def embed(self, ids: np.ndarray) -> torch.Tensor:
         """Embeddings of token ids: (n, window) -> (n, window, hidden) float32 on the CPU."""
@@ -243,14 +239,14 @@ class _LoadedLayer:
 
 def save_statistics(statistics: Statistics, path: Path) -> None:
     """Writes statistics as one safetensors file, whole or not at all."""
+    import torch
     from safetensors.torch import save_file
 
-    tensors = {
-        f"{index}/{dimension}/{key}": tensor.contiguous()
-        for index, layer in enumerate(statistics)
-        for dimension, seen in layer.items()
-        for key, tensor in _flatten(seen).items()
-    }
+    tensors = {}
+    for index, layer in enumerate(statistics):
+        for dimension, seen in layer.items():
+            tensors[f"{index}/{dimension}/"] = torch.zeros(0)  # there even where no part was asked for
+            tensors |= {f"{index}/{dimension}/{key}": tensor.contiguous() for key, tensor in _flatten(seen).items()}
     with written_whole(path) as part:
         save_file(tensors, part)
 
@@ -265,20 +261,34 @@ def load_statistics(path: Path) -> Statistics:
         grouped.setdefault((int(layer), dimension), {})[key] = tensor
     statistics: Statistics = [{} for _ in range(1 + max(index for index, _ in grouped))]
     for (index, dimension), values in sorted(grouped.items()):
-        moments = [
-            Moments(float(values[f"{place}.count"]), values[f"{place}.first"], values[f"{place}.second"])
-            for place in ("ffn", "attention")
-        ]
-        statistics[index][dimension] = LayerStatistics(*moments)
+        gradients = None
+        if "gradients.count" in values:
+            sums = {field.name: values[f"gradients.{field.name}"] for field in fields(GradientSums)}
+            gradients = GradientSums(**{**sums, "count": float(sums["count"])})
+        relative, plain = _read_units(values, "relative"), _read_units(values, "plain")
+        statistics[index][dimension] = LayerStatistics(relative, plain, gradients)
     return statistics
 
 
-def _flatten(seen: LayerStatistics) -> dict[str, Any]:
+def _read_units(values: Mapping[str, Any], part: str) -> UnitMoments | None:
+    if f"{part}.ffn.count" not in values:
+        return None
+    ffn, attention = (
+        Moments(float(values[f"{place}.count"]), values[f"{place}.first"], values[f"{place}.second"])
+        for place in (f"{part}.ffn", f"{part}.attention")
+    )
+    return UnitMoments(ffn, attention)
+
+
+def _flatten(value: Any, path: str = "") -> dict[str, Any]:
+    """Tensors and counts of nested statistics by their dotted path."""
     import torch
 
+    if value is None:
+        return {}
+    if not is_dataclass(value):
+        return {path: torch.as_tensor(value, dtype=torch.float64)}
     flat: dict[str, Any] = {}
-    for place, moments in (("ffn", seen.ffn), ("attention", seen.attention)):
-        flat[f"{place}.count"] = torch.tensor(moments.count, dtype=torch.float64)
-        flat[f"{place}.first"] = moments.first
-        flat[f"{place}.second"] = moments.second
+    for field in fields(value):
+        flat |= _flatten(getattr(value, field.name), f"{path}.{field.name}".lstrip("."))
     return flat

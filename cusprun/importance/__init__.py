@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from cusprun.errors import InvalidRequest
-from cusprun.importance import cus_prun
+from cusprun.importance import cus_prun, flap, llm_pruner, magnitude, random, wanda_sp
 from cusprun.importance.criterion import Criterion, LayerImportance, LayerMatrices
 
-CRITERIA: tuple[Criterion, ...] = (cus_prun.CRITERION,)
+CRITERIA: tuple[Criterion, ...] = (
+    cus_prun.CRITERION,
+    flap.CRITERION,
+    wanda_sp.CRITERION,
+    *llm_pruner.CRITERIA,
+    magnitude.CRITERION,
+    random.CRITERION,
+)
 
 __all__ = ["CRITERIA", "Criterion", "LayerImportance", "LayerMatrices", "find_criterion"]
 

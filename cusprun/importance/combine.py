@@ -2,8 +2,8 @@
 
 intersection  a unit is as needed as the dimension that needs it most, by within-layer rank: removing the first m units
               takes the same cut in each dimension, and they are irrelevant to all of them.
-max           the same by the largest relative change instead of the rank.
-mixture       the dimensions' moments are averaged, weighted, and scored as one corpus.
+max           the same by the largest score instead of the rank.
+mixture       the dimensions' statistics are averaged, weighted, and scored as one corpus.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from cusprun.importance.criterion import Criterion, LayerMatrices
-from cusprun.statistics import LayerStatistics, Moments
+from cusprun.moments import LayerStatistics
 
 Combine = Literal["intersection", "mixture", "max"]
 
@@ -25,7 +25,11 @@ class UnitScores:
     """One layer's units of one kind."""
 
     order: torch.Tensor  # (units,) indices, the least needed first
-    change: torch.Tensor  # (units,) float64, relative change of the output where it is largest over the dimensions
+    change: torch.Tensor  # (units,) float64, the score where it is largest over the dimensions; Cus-Prun's is a change
+
+    def last(self, count: int) -> tuple[int, ...]:
+        """The ``count`` most needed units, ascending."""
+        return tuple(sorted(self.order[len(self.order) - count :].tolist()))
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,7 @@ def combine_layer(
     ``weights`` count in ``mixture`` alone; a dimension without one counts 1.
     """
     if combine == "mixture":
-        mixed = _mix([(part, weights.get(name, 1.0)) for name, part in seen.items()])
-        importances = [criterion.score(mixed, matrices)]
+        importances = [criterion.score(mix(seen, weights), matrices)]
     else:
         importances = [criterion.score(part, matrices) for part in seen.values()]
     by_rank = combine == "intersection"
@@ -70,19 +73,15 @@ def _combine(scores: list[torch.Tensor], by_rank: bool) -> UnitScores:
     return UnitScores(order=by_change[torch.argsort(ranks[by_change], stable=True)], change=change)
 
 
-def _mix(parts: list[tuple[LayerStatistics, float]]) -> LayerStatistics:
-    """The weighted sum of mean moments per token, as statistics of one corpus."""
+def mix(seen: Mapping[str, LayerStatistics], weights: Mapping[str, float]) -> LayerStatistics:
+    """The weighted sum of the dimensions' means per token, as statistics of one corpus; without a weight one counts 1.
 
+    Gradients are summed alike, per sample. LLM-Pruner's element1 and mix take absolute values within each dimension.
+    """
     total: LayerStatistics | None = None
-    for part, weight in parts:
-        scaled = LayerStatistics(*(_scaled(moments, weight) for moments in (part.ffn, part.attention)))
+    for name, part in seen.items():
+        scaled = part.scaled(weights.get(name, 1.0))
         total = scaled if total is None else total + scaled
     if total is None:
         raise ValueError("no dimension to mix")
     return total
-
-
-def _scaled(moments: Moments, weight: float) -> Moments:
-    """The same means counted as ``weight`` tokens."""
-    scale = weight / moments.count
-    return Moments(weight, moments.first * scale, moments.second * scale)

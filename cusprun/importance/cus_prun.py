@@ -13,7 +13,7 @@ of the relative change, so that one ε means the same in every layer.
 from __future__ import annotations
 
 from cusprun.importance.criterion import Criterion, LayerImportance, LayerMatrices
-from cusprun.statistics import LayerStatistics
+from cusprun.moments import LayerStatistics
 
 
 def score(seen: LayerStatistics, matrices: LayerMatrices) -> LayerImportance:

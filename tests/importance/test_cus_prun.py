@@ -12,7 +12,8 @@ from cusprun.anatomy import describe
 from cusprun.checkpoint import load_model
 from cusprun.importance import LayerMatrices, find_criterion
 from cusprun.importance.combine import combine_layer
-from cusprun.statistics import LayerStatistics, Moments, collect
+from cusprun.moments import LayerStatistics, Moments, UnitMoments
+from cusprun.statistics import collect
 from tests import pico
 
 IDS = np.random.default_rng(1).integers(3, 400, size=(3, 24))
@@ -57,7 +58,8 @@ def statistics_of(energies: list[float]) -> LayerStatistics:
     """Four channels and one kv group with these mean squares."""
     second = torch.tensor(energies, dtype=torch.float64)
     moments = Moments(1, torch.zeros(4, dtype=torch.float64), second.reshape(4, 1, 1))
-    return LayerStatistics(moments, Moments(1, torch.zeros(2), torch.eye(2, dtype=torch.float64).reshape(1, 2, 2)))
+    heads = Moments(1, torch.zeros(2), torch.eye(2, dtype=torch.float64).reshape(1, 2, 2))
+    return LayerStatistics(UnitMoments(moments, heads))
 
 
 MATRICES = LayerMatrices(torch.eye(4), torch.ones(4, 2))
