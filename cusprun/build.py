@@ -30,12 +30,12 @@ from cusprun.preflight import Prepared, model_name, prepare
 from cusprun.progress import say
 from cusprun.recipe import Recipe
 from cusprun.stages import Stages, sole_builder, sweep
-from cusprun.statistics import collect, load_statistics, save_statistics
+from cusprun.statistics import load_statistics, save_statistics, stream
 
 # Raise a stage's number when what it writes from the same inputs changes.
 VERSIONS = {
     "text": 1,
-    "statistics": 1,
+    "statistics": 2,
     "plan": 1,
     "refit": 1,
     "model": 1,
@@ -120,14 +120,14 @@ class _Build:
     # the cut ---------------------------------------------------------------------------------------------------------
 
     def _planned(self, text: dict[str, Any]) -> dict[str, Any]:
-        statistics_path = self.stages.folder / "statistics.safetensors"
+        statistics_path = self.stages.folder / "statistics"
 
         # Refit chooses the units from all the text; the widths of the layers need less of it.
         stride = WIDTHS_STRIDE if self.recipe.method == "refit" else 1
 
         def take() -> None:
             windows = {name: ids[::stride] for name, ids in read_windows(self.windows_path).items()}
-            found = collect(self.dense.folder, self.dense.anatomy, windows, device=self.recipe.device)
+            found = stream(self.dense.folder, self.dense.anatomy, windows, device=self.recipe.device)
             save_statistics(found, statistics_path)
 
         seen = self.stage(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -142,7 +143,7 @@ class LayerStatistics:
 
 
 # One entry a layer, from dimension to what was seen on its text.
-Statistics = list[dict[str, LayerStatistics]]
+Statistics = Sequence[Mapping[str, LayerStatistics]]
 
 
 def asked(part: T | None, need: Need) -> T:

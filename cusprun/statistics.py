@@ -9,19 +9,21 @@ not grow with depth. Moments are sums with counts: those of two shards of text a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from cusprun.anatomy import Anatomy
 from cusprun.checkpoint import Weights
 from cusprun.errors import Failed, InvalidRequest
-from cusprun.files import written_whole
+from cusprun.files import folder_written_whole
+from cusprun.memory import release_freed
 from cusprun.moments import NEEDS, RELATIVE, GradientSums, LayerStatistics, Moments, Need, Statistics, UnitMoments
 from cusprun.progress import track
+from cusprun.tensor_file import TensorFile
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +106,26 @@ def collect(
     device: str = "cpu",
     batch_tokens: int = 2048,
 ) -> Statistics:
-    """Statistics of every layer and dimension; ``needs`` says which, see :class:`Criterion`.
+    """What :func:`stream` yields, held together."""
+    return list(
+        stream(
+            folder, anatomy, windows,
+            needs=needs, gradient_windows=gradient_windows, device=device, batch_tokens=batch_tokens,
+        )
+    )  # fmt: skip
+
+
+def stream(
+    folder: Path,
+    anatomy: Anatomy,
+    windows: Mapping[str, np.ndarray],
+    *,
+    needs: Collection[Need] = RELATIVE,
+    gradient_windows: int | None = None,
+    device: str = "cpu",
+    batch_tokens: int = 2048,
+) -> Iterator[dict[str, LayerStatistics]]:
+    """Statistics of one layer after the other, by dimension; ``needs`` says which, see :class:`Criterion`.
 
     Moments take one pass, none where only gradients or nothing is needed. ``gradient_windows`` bounds the windows of
     each dimension that gradients are taken of. Takes and raises what :func:`walk` does, and Failed where a loss is not
@@ -112,31 +133,28 @@ def collect(
     """
     if unknown := set(needs) - set(NEEDS):
         raise ValueError(f"there are no statistics called {', '.join(sorted(unknown))}; there are {', '.join(NEEDS)}")
-    statistics: Statistics = [
-        {name: LayerStatistics() for name, ids in windows.items() if len(ids)} for _ in anatomy.layers
-    ]
     if "relative" in needs or "plain" in needs:
-        statistics = _collect_moments(folder, anatomy, windows, needs, device, batch_tokens)
-    if "gradients" in needs:
-        from cusprun.gradients import collect_gradients
+        layers = _moments(folder, anatomy, windows, needs, device, batch_tokens)
+    else:
+        layers = ({name: LayerStatistics() for name, ids in windows.items() if len(ids)} for _ in anatomy.layers)
+    if "gradients" not in needs:
+        yield from layers
+        return
+    from cusprun.gradients import collect_gradients
 
-        found = collect_gradients(folder, anatomy, windows, most=gradient_windows, device=device)
-        statistics = [
-            {name: replace(part, gradients=sums[name]) for name, part in layer.items()}
-            for layer, sums in zip(statistics, found, strict=True)
-        ]
-    return statistics
+    found = collect_gradients(folder, anatomy, windows, most=gradient_windows, device=device)
+    for layer, sums in zip(layers, found, strict=True):
+        yield {name: replace(part, gradients=sums[name]) for name, part in layer.items()}
 
 
-def _collect_moments(
+def _moments(
     folder: Path,
     anatomy: Anatomy,
     windows: Mapping[str, np.ndarray],
     needs: Collection[Need],
     device: str,
     batch_tokens: int,
-) -> Statistics:
-    statistics: Statistics = []
+) -> Iterator[dict[str, LayerStatistics]]:
     passes = walk(
         folder, anatomy, windows, label="statistics, layer by layer", device=device, batch_tokens=batch_tokens
     )
@@ -148,8 +166,7 @@ def _collect_moments(
                 _plain(batch) if "plain" in needs else None,
             )
             layer[batch.dimension] = layer[batch.dimension] + part if batch.dimension in layer else part
-        statistics.append(layer)
-    return statistics
+        yield layer
 
 
 def _relative(batch: Batch, kv_heads: int) -> UnitMoments:
@@ -230,44 +247,66 @@ class _LoadedLayer:
     def __enter__(self) -> Any:
         prefix = self.layers.anatomy.prefix(self.index)
         layer = self.layers.skeleton[self.index].to_empty(device=self.layers.device)
-        layer.load_state_dict({name: self.layers.weights[prefix + name].float() for name in layer.state_dict()})
+        for name, parameter in layer.state_dict().items():  # one after the other: no second copy of the layer
+            parameter.copy_(self.layers.weights[prefix + name])
         return layer
 
     def __exit__(self, *_: object) -> None:
         self.layers.skeleton[self.index].to("meta")
+        release_freed()
 
 
-def save_statistics(statistics: Statistics, path: Path) -> None:
-    """Writes statistics as one safetensors file, whole or not at all."""
+def save_statistics(statistics: Iterable[Mapping[str, LayerStatistics]], folder: Path) -> None:
+    """Writes one safetensors file a layer as the layers come; the folder appears whole or not at all."""
     import torch
     from safetensors.torch import save_file
 
-    tensors = {}
-    for index, layer in enumerate(statistics):
-        for dimension, seen in layer.items():
-            tensors[f"{index}/{dimension}/"] = torch.zeros(0)  # there even where no part was asked for
-            tensors |= {f"{index}/{dimension}/{key}": tensor.contiguous() for key, tensor in _flatten(seen).items()}
-    with written_whole(path) as part:
-        save_file(tensors, part)
+    with folder_written_whole(folder) as part:
+        for index, layer in enumerate(statistics):
+            tensors = {}
+            for dimension, seen in layer.items():
+                tensors[f"{dimension}/"] = torch.zeros(0)  # there even where no part was asked for
+                tensors |= {f"{dimension}/{key}": tensor.contiguous() for key, tensor in _flatten(seen).items()}
+            save_file(tensors, part / f"{index:05d}.safetensors")
 
 
-def load_statistics(path: Path) -> Statistics:
-    """Reads what :func:`save_statistics` wrote."""
-    from safetensors.torch import load_file
+def load_statistics(folder: Path) -> Statistics:
+    """What :func:`save_statistics` wrote; a layer is read when it is asked for and never kept."""
+    return _Stored(sorted(folder.glob("*.safetensors")))
 
-    grouped: dict[tuple[int, str], dict[str, Any]] = {}
-    for name, tensor in load_file(path).items():
-        layer, dimension, key = name.split("/")
-        grouped.setdefault((int(layer), dimension), {})[key] = tensor
-    statistics: Statistics = [{} for _ in range(1 + max(index for index, _ in grouped))]
-    for (index, dimension), values in sorted(grouped.items()):
-        gradients = None
-        if "gradients.count" in values:
-            sums = {field.name: values[f"gradients.{field.name}"] for field in fields(GradientSums)}
-            gradients = GradientSums(**{**sums, "count": float(sums["count"])})
-        relative, plain = _read_units(values, "relative"), _read_units(values, "plain")
-        statistics[index][dimension] = LayerStatistics(relative, plain, gradients)
-    return statistics
+
+class _Stored(Sequence[Mapping[str, LayerStatistics]]):
+    """Statistics on disk."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @overload
+    def __getitem__(self, index: int) -> Mapping[str, LayerStatistics]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> _Stored: ...
+
+    def __getitem__(self, index: int | slice) -> Mapping[str, LayerStatistics] | _Stored:
+        if isinstance(index, slice):
+            return _Stored(self.paths[index])
+        file = TensorFile(self.paths[index])
+        grouped: dict[str, dict[str, torch.Tensor]] = {}
+        for name in file:
+            dimension, key = name.split("/")
+            grouped.setdefault(dimension, {})[key] = file[name]
+        return {dimension: _read_layer(values) for dimension, values in sorted(grouped.items())}
+
+
+def _read_layer(values: Mapping[str, torch.Tensor]) -> LayerStatistics:
+    gradients = None
+    if "gradients.count" in values:
+        sums: dict[str, Any] = {field.name: values[f"gradients.{field.name}"] for field in fields(GradientSums)}
+        gradients = GradientSums(**{**sums, "count": float(sums["count"])})
+    return LayerStatistics(_read_units(values, "relative"), _read_units(values, "plain"), gradients)
 
 
 def _read_units(values: Mapping[str, Any], part: str) -> UnitMoments | None:

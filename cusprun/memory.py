@@ -1,0 +1,16 @@
+"""Gives freed memory back to the system: what a layer took, the next one finds whole again."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+
+def release_freed() -> None:
+    """Asks the C library to hand free pages back, on Linux with glibc; does nothing elsewhere.
+
+    glibc keeps blocks of up to 32 MiB for itself, and over many layers they lie so scattered that the process holds
+    far more than is in use.
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
