@@ -15,7 +15,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from cusprun.anatomy import FAMILIES, Anatomy, Family, describe
+from cusprun.anatomy import (
+    FAMILIES,
+    SLICED_TYPE,
+    Anatomy,
+    Family,
+    SlicedAnatomy,
+    describe,
+    describe_sliced,
+    read_config,
+)
 from cusprun.errors import Failed, InvalidRequest
 from cusprun.tensor_file import TensorFile, write_tensors
 
@@ -90,7 +99,7 @@ class Weights:
             raise Failed(f"{self.folder}: tensor {name} holds NaN or infinity")
         return tensor
 
-    def check(self, anatomy: Anatomy) -> None:
+    def check(self, anatomy: Anatomy | SlicedAnatomy) -> None:
         """Raises InvalidRequest naming each tensor that is missing, too much or not of the shape config.json says."""
         problems = []
         expected = dict(anatomy.tensor_shapes())
@@ -194,7 +203,8 @@ def load_model(folder: Path, dtype: str = "float32") -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    Weights(folder).check(describe(folder))
+    sliced = read_config(folder).get("model_type") == SLICED_TYPE
+    Weights(folder).check(describe_sliced(folder) if sliced else describe(folder))
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -240,6 +250,9 @@ def register_when_imported() -> None:
                 classes = importlib.import_module(f"cusprun.anatomy.{family.name}_per_layer")
                 AutoConfig.register(family.per_layer_name, classes.PerLayerConfig, exist_ok=True)
                 AutoModelForCausalLM.register(classes.PerLayerConfig, classes.PerLayerModel, exist_ok=True)
+            sliced = importlib.import_module("cusprun.anatomy.sliced_model")
+            AutoConfig.register(SLICED_TYPE, sliced.SlicedConfig, exist_ok=True)
+            AutoModelForCausalLM.register(sliced.SlicedConfig, sliced.CusprunSlicedForCausalLM, exist_ok=True)
         finally:
             registering = False
 

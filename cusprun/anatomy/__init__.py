@@ -10,12 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from cusprun.anatomy import llama, mistral
+from cusprun.anatomy.sliced import SLICED_TYPE, WHY_NOT, SlicedAnatomy, describe_sliced
 from cusprun.anatomy.structure import Anatomy, Coupling, Family, LayerWidths
 from cusprun.errors import InvalidRequest
 
 FAMILIES: tuple[Family, ...] = (llama.FAMILY, mistral.FAMILY)
 
-__all__ = ["FAMILIES", "Anatomy", "Coupling", "Family", "LayerWidths", "describe", "family_of", "read_config"]
+__all__ = [
+    "FAMILIES",
+    "SLICED_TYPE",
+    "Anatomy",
+    "Coupling",
+    "Family",
+    "LayerWidths",
+    "SlicedAnatomy",
+    "describe",
+    "describe_config",
+    "describe_sliced",
+    "family_of",
+    "read_config",
+]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -35,6 +49,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def family_of(config: dict[str, Any]) -> Family:
     """The family that a config.json belongs to. Raises InvalidRequest naming the families there are."""
     model_type = config.get("model_type")
+    if model_type == SLICED_TYPE:
+        raise InvalidRequest(f"a model of type {SLICED_TYPE} is neither exported nor pruned: {WHY_NOT}")
     for family in FAMILIES:
         if model_type in (family.name, family.per_layer_name):
             return family
@@ -47,7 +63,11 @@ def describe(folder: Path) -> Anatomy:
 
     Raises InvalidRequest where the family is unknown or a size is missing or impossible.
     """
-    config = read_config(folder)
+    return describe_config(read_config(folder), str(folder))
+
+
+def describe_config(config: dict[str, Any], folder: str) -> Anatomy:
+    """:func:`describe` of a config.json that is read already; ``folder`` names it in messages."""
     family = family_of(config)
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise InvalidRequest(

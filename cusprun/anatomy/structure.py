@@ -93,6 +93,9 @@ class Anatomy:
     def with_layers(self, layers: tuple[LayerWidths, ...]) -> Anatomy:
         return replace(self, layers=layers)
 
+    def with_vocabulary(self, rows: int) -> Anatomy:
+        return replace(self, vocab_size=rows)
+
     def ffn_unit_parameters(self) -> int:
         """Parameters that go with one FFN channel: a row of gate and up, a column of down, the biases of the rows."""
         return 3 * self.hidden_size + (2 if self.mlp_bias else 0)
