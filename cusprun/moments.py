@@ -38,16 +38,16 @@ class Moments:
 
     @classmethod
     def of(cls, x: torch.Tensor, blocks: int) -> Moments:
-        """Moments of the rows of ``x``, (tokens, n). Products are formed in float32, sums over calls in float64."""
-        import torch
-
+        """Moments of the rows of ``x``, (tokens, n). One call sums in float32, as its matrix products do; calls add up
+        in float64.
+        """
         tokens, n = x.shape
         if blocks == n:
-            second = x.square().sum(0, dtype=torch.float64).reshape(n, 1, 1)
+            second = x.square().sum(0).reshape(n, 1, 1)
         else:
             pieces = x.reshape(tokens, blocks, n // blocks).transpose(0, 1)  # (blocks, tokens, n/blocks)
-            second = (pieces.transpose(1, 2) @ pieces).double()
-        return cls(tokens, x.sum(0, dtype=torch.float64).cpu(), second.cpu())
+            second = pieces.transpose(1, 2) @ pieces
+        return cls(tokens, x.sum(0).cpu().double(), second.cpu().double())
 
     def diagonal(self) -> torch.Tensor:
         """Σ x², (n,)."""
