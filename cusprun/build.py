@@ -6,7 +6,6 @@ with the same bytes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -18,34 +17,21 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from cusprun import __version__
-from cusprun.allocation import default_align, plan_epsilon, plan_ratio, score_layers
-from cusprun.checkpoint import Weights, load_tokenizer
-from cusprun.compact import compact
+from cusprun.allocation import default_align
+from cusprun.anatomy import Anatomy, SlicedAnatomy
+from cusprun.anatomy.sliced import describe_sliced
+from cusprun.checkpoint import load_tokenizer
 from cusprun.corpora.cache import cache_folder
-from cusprun.corpora.selection import Selection, read_texts, read_windows
+from cusprun.corpora.selection import read_texts, read_windows
+from cusprun.cut import Cut
 from cusprun.dense import Dense, find_dense
 from cusprun.files import sha256_file, written_whole
-from cusprun.plan import Plan
 from cusprun.preflight import Prepared, model_name, prepare
 from cusprun.progress import say
 from cusprun.recipe import Recipe
-from cusprun.stages import Stages, sole_builder, sweep
-from cusprun.statistics import load_statistics, save_statistics, stream
+from cusprun.stages import VERSIONS, Stages, sole_builder, sweep
 
-# Raise a stage's number when what it writes from the same inputs changes.
-VERSIONS = {
-    "text": 1,
-    "statistics": 2,
-    "plan": 1,
-    "refit": 1,
-    "model": 1,
-    "gguf": 1,
-    "quality": 1,
-    "questions": 1,
-    "speed": 1,
-}
 PROOF_WINDOWS = 8
-WIDTHS_STRIDE = 4  # with refit, every fourth window gives the widths
 
 
 def build(recipe: Recipe, *, upto: str = "expert") -> dict[str, Any]:
@@ -55,7 +41,7 @@ def build(recipe: Recipe, *, upto: str = "expert") -> dict[str, Any]:
     """
     from cusprun.exporters.gguf import QUANTS
 
-    prepared = prepare(recipe, tuple(QUANTS))
+    prepared = prepare(recipe, tuple(QUANTS), artifacts=upto == "expert")
     say(prepared.describe())
     with sole_builder(prepared.out):
         sweep(prepared.out)
@@ -73,115 +59,18 @@ class _Build:
         self.out = prepared.out
         self.stages = Stages(prepared.out)
         self.dense: Dense = find_dense(self.recipe.model, self.recipe.revision)
-        self.align = self.recipe.align or default_align(self.dense.anatomy, self.recipe.quant)
+        align = self.recipe.align or default_align(self.dense.anatomy, self.recipe.quant)
+        self.cut = Cut(prepared, self.dense, self.stages, align)
 
     def run(self, upto: str) -> dict[str, Any]:
-        text = self._text()
-        plan = self._planned(text)
-        model = self.stage("model", [plan["key"]], [self.out / "model"], lambda: self._compact(plan["value"]))
+        key = self.cut.run()
         if upto == "model":
             return self._expert([], None)
-        artifacts = [self._export(quant, model["key"]) for quant in self.recipe.quant]
+        artifacts = [self._export(quant, key) for quant in self.recipe.quant]
         reports = {}
         if self.recipe.measure:
-            reports = {artifact["quant"]: self._measure(artifact, text["value"]) for artifact in artifacts}
+            reports = {artifact["quant"]: self._measure(artifact, self.cut.text) for artifact in artifacts}
         return self._expert(artifacts, reports.get(self.recipe.quant[0]))
-
-    def stage(self, name: str, inputs: Sequence[str], outputs: Sequence[Path], work: Any) -> dict[str, Any]:
-        """Runs a stage; ``inputs`` are hashes. Returns its key and its value."""
-        version = VERSIONS[name.split(".")[0]]
-        key = hashlib.sha256(json.dumps([name, version, *inputs]).encode()).hexdigest()
-        return {"key": key, "value": self.stages.run(name, key, outputs, work)}
-
-    # text ------------------------------------------------------------------------------------------------------------
-
-    @property
-    def windows_path(self) -> Path:
-        return self.stages.folder / "windows.safetensors"
-
-    @property
-    def texts_path(self) -> Path:
-        return self.stages.folder / "texts.jsonl"
-
-    def _text(self) -> dict[str, Any]:
-        """Calibration windows by dimension and the held-out texts."""
-        prepared, recipe = self.prepared, self.recipe
-        selection = Selection(
-            prepared.scenario, prepared.own, prepared.dims, recipe.include,
-            recipe.tokens, recipe.window, recipe.questions, recipe.seed,
-        )  # fmt: skip
-
-        def select() -> dict[str, Any]:
-            return selection.write(load_tokenizer(self.dense.folder), self.windows_path, self.texts_path)
-
-        inputs = [selection.key(), self.dense.key]
-        return self.stage("text", inputs, [self.windows_path, self.texts_path], select)
-
-    # the cut ---------------------------------------------------------------------------------------------------------
-
-    def _planned(self, text: dict[str, Any]) -> dict[str, Any]:
-        statistics_path = self.stages.folder / "statistics"
-
-        # Refit chooses the units from all the text; the widths of the layers need less of it.
-        stride = WIDTHS_STRIDE if self.recipe.method == "refit" else 1
-
-        def take() -> None:
-            windows = {name: ids[::stride] for name, ids in read_windows(self.windows_path).items()}
-            found = stream(self.dense.folder, self.dense.anatomy, windows, device=self.recipe.device)
-            save_statistics(found, statistics_path)
-
-        seen = self.stage(
-            "statistics", [text["key"], self.dense.key, self.recipe.device, str(stride)], [statistics_path], take
-        )
-        fields = self.recipe.key("combine", "ratio", "epsilon", "layout")
-        inputs = [seen["key"], fields, self.criterion, str(self.align)]
-        planned = self.stage("plan", inputs, [], lambda: self._plan(statistics_path).to_json())
-        if self.recipe.method != "refit":
-            return planned
-
-        def repair() -> dict[str, Any]:
-            from cusprun.refit import refit
-
-            plan = Plan.from_json(planned["value"], self.dense.anatomy)
-            windows = read_windows(self.windows_path)
-            return refit(self.dense.folder, plan, windows, self.refitted_path, device=self.recipe.device).to_json()
-
-        return self.stage("refit", [planned["key"], self.recipe.device], [self.refitted_path], repair)
-
-    @property
-    def criterion(self) -> str:
-        """What scores the neurons: refit takes its widths from Cus-Prun and chooses the units anew."""
-        return "cus-prun" if self.recipe.method == "refit" else self.recipe.method
-
-    @property
-    def refitted_path(self) -> Path:
-        return self.stages.folder / "refitted"
-
-    def _plan(self, statistics_path: Path) -> Plan:
-        recipe, anatomy = self.recipe, self.dense.anatomy
-        scores = score_layers(
-            Weights(self.dense.folder), anatomy, load_statistics(statistics_path), self.criterion, recipe.combine
-        )
-        if recipe.removed_share is None:
-            assert recipe.epsilon is not None
-            return plan_epsilon(anatomy, scores, recipe.epsilon, align=self.align, layout=recipe.layout)
-        return plan_ratio(anatomy, scores, recipe.removed_share, align=self.align, layout=recipe.layout)
-
-    def _compact(self, planned: dict[str, Any]) -> None:
-        plan = Plan.from_json(planned, self.dense.anatomy)
-        say(
-            f"removes {plan.removed_share:.1%} of {plan.dense.parameters / 1e6:.1f} M parameters; "
-            f"{plan.expert.parameters / 1e6:.1f} M stay"
-        )
-        note = {"base": self.dense.id, "method": self.recipe.method, "scenario": str(self.prepared.scenario)}
-        refitted = self.refitted_path if self.recipe.method == "refit" else None
-        compact(self.dense.folder, plan, self.out / "model", refitted=refitted, note=note)
-
-    @property
-    def plan(self) -> Plan:
-        name = "refit" if self.recipe.method == "refit" else "plan"
-        record = json.loads((self.stages.folder / f"{name}.json").read_text(encoding="utf-8"))
-        return Plan.from_json(record["value"], self.dense.anatomy)
 
     # artifacts -------------------------------------------------------------------------------------------------------
 
@@ -215,14 +104,14 @@ class _Build:
             }
 
         names = json.dumps([self.prepared.name, self._metadata()], sort_keys=True)
-        exported = self.stage(f"gguf.{quant}", [model_key, names], [path], write)
+        exported = self.stages.step(f"gguf.{quant}", [model_key, names], [path], write)
         value: dict[str, Any] = exported["value"]
         return value
 
     def _proof_windows(self) -> np.ndarray:
         """Held-out text in windows, for the comparison with torch."""
-        texts, _ = read_texts(self.texts_path)
-        tokenizer = load_tokenizer(self.dense.folder)
+        texts, _ = read_texts(self.cut.texts_path)
+        tokenizer = load_tokenizer(self.out / "model")
         ids: list[int] = []
         for document in next(iter(texts.values()), []):
             ids += tokenizer(document, add_special_tokens=False)["input_ids"]
@@ -231,7 +120,8 @@ class _Build:
         count = min(PROOF_WINDOWS, len(ids) // self.recipe.window)
         if count:
             return np.array(ids[: count * self.recipe.window], dtype=np.int64).reshape(count, -1)
-        return next(iter(read_windows(self.windows_path).values()))[
+        assert self.cut.base is not None
+        return next(iter(read_windows(self.cut.base.windows).values()))[
             :PROOF_WINDOWS
         ]  # no held-out text: no figure comes of this
 
@@ -266,7 +156,7 @@ class _Build:
 
         recipe, quant = self.recipe, artifact["quant"]
         expert, dense = self.out / artifact["path"], self._dense_gguf(quant)
-        texts, asked = read_texts(self.texts_path)
+        texts, asked = read_texts(self.cut.texts_path)
         both = [artifact["sha256"], self.dense.key]
         threads, device = recipe.threads, recipe.device
 
@@ -290,19 +180,15 @@ class _Build:
             results = [tasks.multiple_choice(path, asked, threads=threads, device=device) for path in (expert, dense)]
             return [result.as_json() for result in results]
 
-        speeds = self.stage(f"speed.{quant}", [*both, recipe.key("repetitions", "threads", "device")], [], run_speed)
-        read = self.stage(
-            f"quality.{quant}", [*both, recipe.key("eval_tokens"), sha256_file(self.texts_path)], [], run_quality
-        )
-        answers = (
-            self.stage(f"questions.{quant}", [*both, sha256_file(self.texts_path)], [], run_questions)["value"]
-            if asked
-            else []
-        )
-        plan = self.plan
+        step, read_text = self.stages.step, sha256_file(self.cut.texts_path)
+        speeds = step(f"speed.{quant}", [*both, recipe.key("repetitions", "threads", "device")], [], run_speed)
+        read = step(f"quality.{quant}", [*both, recipe.key("eval_tokens"), read_text], [], run_quality)
+        answers = step(f"questions.{quant}", [*both, read_text], [], run_questions)["value"] if asked else []
+        plan = self.cut.plan
+        assert plan is not None  # a method without a plan has no artifact to measure
         whole = report.build_report(
             scenario={**self.prepared.scenario.given(), "name": self.prepared.name},
-            method=self._method(plan),
+            method=self._method(),
             before=plan.dense.layers,
             after=plan.widths,
             speed=TypeAdapter(list[speed.BenchRow]).validate_python(speeds["value"]),
@@ -318,25 +204,36 @@ class _Build:
         report.write_report(self.out / "report" if first else self.out / "report" / quant, whole)
         return whole
 
-    def _method(self, plan: Plan) -> dict[str, Any]:
-        recipe = self.recipe
+    def _method(self) -> dict[str, Any]:
+        recipe, expert = self.recipe, self.expert
         return {
             "name": recipe.method,
-            "combine": recipe.combine,
+            "combine": recipe.combined,
             "ratio": recipe.removed_share,
             "epsilon": recipe.epsilon,
             "layout": recipe.layout,
-            "align": self.align,
+            "align": self.cut.align,
             "calibration_tokens": recipe.tokens,
-            "removed_share": plan.removed_share,
+            "general_share": recipe.general,
+            "widths": recipe.cuts_by if recipe.method == "refit" else None,
+            "form": recipe.form if recipe.method == "refit" else None,
+            "vocabulary": {"dense": self.dense.anatomy.vocab_size, "expert": expert.vocab_size},
+            "predicted_nats_per_token": self.cut.predicted,
+            "recover": self.cut.recovery,
+            "removed_share": 1 - expert.parameters / self.dense.anatomy.parameters,
             "weights_note": self.dense.weights_note,
         }
+
+    @property
+    def expert(self) -> Anatomy | SlicedAnatomy:
+        """Sizes of what came out."""
+        return self.cut.plan.expert if self.cut.plan is not None else describe_sliced(self.out / "model")
 
     def _expert(self, artifacts: Sequence[Mapping[str, Any]], report: dict[str, Any] | None) -> dict[str, Any]:
         """Writes expert.json and returns it."""
         from cusprun.files import write_json
 
-        plan = self.plan
+        plan, expert = self.cut.plan, self.expert
         figures = None
         if report is not None:
             from cusprun.benchmarks.report import figures as select
@@ -350,17 +247,18 @@ class _Build:
             "base": {
                 "id": self.dense.id,
                 "sha256": self.dense.sha256,
-                "parameters": plan.dense.parameters,
+                "parameters": self.dense.anatomy.parameters,
                 "bytes": self.dense.bytes,
                 "licence": self.dense.licence,
             },
             "expert": {
-                "parameters": plan.expert.parameters,
+                "parameters": expert.parameters,
                 "bytes": sum(file.stat().st_size for file in (self.out / "model").glob("*.safetensors")),
-                "macs_per_token": plan.expert.macs_per_token,
-                "widths": plan.counts(),
+                "macs_per_token": expert.macs_per_token,
+                "vocabulary": expert.vocab_size,
+                "widths": plan.counts() if plan is not None else [],
             },
-            "method": self._method(plan),
+            "method": self._method(),
             "artifacts": [dict(artifact) for artifact in artifacts],
             "figures": figures,
         }

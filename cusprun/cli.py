@@ -60,37 +60,8 @@ def _given(context: typer.Context) -> dict[str, Any]:
 
 
 @app.command()
-def build(
-    context: typer.Context,
-    model: flags.Model = None,
-    revision: flags.Revision = None,
-    lang: flags.Lang = None,
-    domain: flags.Domain = None,
-    task: flags.Task = None,
-    corpus: flags.Corpus = None,
-    dim: flags.Dim = None,
-    include: flags.Include = None,
-    method: flags.Method = None,
-    combine: flags.Combine = None,
-    ratio: flags.Ratio = None,
-    epsilon: flags.Epsilon = None,
-    layout: flags.Layout = None,
-    align: flags.Align = None,
-    tokens: flags.Tokens = None,
-    window: flags.Window = None,
-    quant: flags.Quant = None,
-    measure: flags.Measure = None,
-    eval_tokens: flags.EvalTokens = None,
-    questions: flags.Questions = None,
-    repetitions: flags.Repetitions = None,
-    seed: flags.Seed = None,
-    device: flags.Device = None,
-    threads: flags.Threads = None,
-    name: flags.Name = None,
-    out: flags.Out = None,
-    recipe: flags.Recipe = None,
-    json_: Json = False,
-) -> None:
+@flags.takes(flags.BUILDING)
+def build(context: typer.Context, recipe: flags.Recipe = None, json_: Json = False, **_: Any) -> None:
     """Build an expert: find what the scenario does not need, remove it, export, measure.
 
     Example: cusprun-edge build --lang en --domain legal --task qa
@@ -99,28 +70,13 @@ def build(
 
 
 @app.command()
+@flags.takes(flags.PRUNING)
 def prune(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Dense model: a folder, a .gguf, a hub id, or the default's name.")],
     out: Annotated[Path, typer.Option(help="Folder of the expert.")],
-    revision: flags.Revision = None,
-    lang: flags.Lang = None,
-    domain: flags.Domain = None,
-    task: flags.Task = None,
-    corpus: flags.Corpus = None,
-    dim: flags.Dim = None,
-    include: flags.Include = None,
-    method: flags.Method = None,
-    combine: flags.Combine = None,
-    ratio: flags.Ratio = None,
-    epsilon: flags.Epsilon = None,
-    layout: flags.Layout = None,
-    align: flags.Align = None,
-    tokens: flags.Tokens = None,
-    window: flags.Window = None,
-    seed: flags.Seed = None,
-    device: flags.Device = None,
     json_: Json = False,
+    **_: Any,
 ) -> None:
     """Stop at the compacted model folder, <out>/model.
 

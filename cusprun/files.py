@@ -63,6 +63,12 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def copy_folder(source: Path, path: Path) -> None:
+    """A copy of a folder, whole or not at all."""
+    with folder_written_whole(path) as part:
+        shutil.copytree(source, part, dirs_exist_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON with a final newline, whole or not at all."""
     with written_whole(path) as part:

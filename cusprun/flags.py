@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,8 +19,23 @@ Task = Annotated[str | None, typer.Option(help="Task: qa summarization classific
 Corpus = Annotated[list[str] | None, typer.Option(help="Your own text, FILE[:weight]; may be repeated.")]
 Dim = Annotated[list[str] | None, typer.Option(help="A further dimension, NAME=FILE; may be repeated.")]
 Include = Annotated[list[str] | None, typer.Option(help="A catalog entry not used by itself.")]
-Method = Annotated[str | None, typer.Option(help="refit (least-squares repair), or cus-prun (slices alone).")]
+General = Annotated[float | None, typer.Option(help="Share of the calibration text that is general; default 0.125.")]
+Weight = Annotated[list[str] | None, typer.Option(help="A dimension's weight, NAME=NUMBER; may be repeated.")]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help="refit (default); cus-prun llm-pruner llm-pruner-vector llm-pruner-element2 llm-pruner-mix flap "
+        "wanda-sp slicegpt shortgpt magnitude random."
+    ),
+]
 Combine = Annotated[str | None, typer.Option(help="intersection, mixture or max of the dimensions.")]
+Widths = Annotated[str | None, typer.Option(help="Where refit cuts: measured, scores or even.")]
+Form = Annotated[str | None, typer.Option(help="Refit sequential (default) or parallel.")]
+Vocab = Annotated[str | None, typer.Option(help="Tokens that stay: keep, auto (default) or a number.")]
+Recover = Annotated[str | None, typer.Option(help="Train after the cut: lora or distill; default: not at all.")]
+RecoverRank = Annotated[int | None, typer.Option(help="Rank of the adapters.")]
+RecoverTokens = Annotated[int | None, typer.Option(help="Tokens that recovery reads in all.")]
+RecoverRate = Annotated[float | None, typer.Option(help="Learning rate of recovery.")]
 Ratio = Annotated[float | None, typer.Option(help="Share of all parameters that goes; default 0.25.")]
 Epsilon = Annotated[float | None, typer.Option(help="Remove what changes a layer by no more than this.")]
 Layout = Annotated[str | None, typer.Option(help="per-layer widths, or uniform.")]
@@ -37,6 +54,40 @@ Name = Annotated[str | None, typer.Option(help="Name of the expert.")]
 Out = Annotated[Path | None, typer.Option(help="Folder of the expert; default experts/<name>.")]
 Recipe = Annotated[Path | None, typer.Option(help="A recipe.yaml to replay; other flags override it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+
+
+# The flags of `prune`, and with those after the stroke of `build`, by field of the recipe.
+PRUNING = {
+    "revision": Revision, "lang": Lang, "domain": Domain, "task": Task, "corpus": Corpus, "dim": Dim,
+    "include": Include, "general": General, "weight": Weight, "method": Method, "combine": Combine, "widths": Widths,
+    "form": Form, "vocab": Vocab, "ratio": Ratio, "epsilon": Epsilon, "layout": Layout, "align": Align,
+    "tokens": Tokens, "window": Window, "recover": Recover, "recover_rank": RecoverRank,
+    "recover_tokens": RecoverTokens, "recover_rate": RecoverRate, "seed": Seed, "device": Device,
+}  # fmt: skip
+BUILDING = {
+    "model": Model, **PRUNING, "quant": Quant, "measure": Measure, "eval_tokens": EvalTokens, "questions": Questions,
+    "repetitions": Repetitions, "threads": Threads, "name": Name, "out": Out,
+}  # fmt: skip
+
+
+def takes(flags: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command these flags, each None where it is not given; the command reads them from its context."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True)
+        named = [
+            parameter for parameter in own.parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            for name, annotation in flags.items()
+        ]
+        keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in named[1:]]
+        command.__signature__ = own.replace(parameters=[named[0], *added, *keyword])  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in (named[0], *added, *keyword)}
+        return command
+
+    return decorate
 
 
 def print_json(value: Any) -> None:

@@ -14,9 +14,9 @@ import numpy as np
 from cusprun.anatomy import Anatomy, Coupling
 from cusprun.checkpoint import load_model
 from cusprun.errors import Failed, InvalidRequest
+from cusprun.layerwise import check_window
 from cusprun.moments import VARIANTS, GradientSums
 from cusprun.progress import track
-from cusprun.statistics import check_window
 
 if TYPE_CHECKING:
     import torch

@@ -29,7 +29,7 @@ from cusprun.corpora.sampling import all_entries, calibration_entries
 from cusprun.corpora.sources import is_cached
 from cusprun.dense import Sizes, check_folder, local_path, read_sizes
 from cusprun.errors import Failed, InvalidRequest, MissingPackage
-from cusprun.recipe import Recipe
+from cusprun.recipe import WHOLE_MODEL, Recipe
 
 BITS = {"f32": 32, "f16": 16, "q8_0": 8.5, "q4_0": 4.5, "q4_1": 5, "q4_k_m": 5}  # a weight, block scales included
 # For the rough time alone: what whole-model passes reach of one matrix product's speed, and what is measured.
@@ -60,14 +60,21 @@ class Prepared:
             f"ε {recipe.epsilon:g}" if recipe.removed_share is None else f"{recipe.removed_share:.0%} of all parameters"
         )
         dimensions = [*(self.scenario.given() or ["general"]), *self.dims]
-        share = recipe.tokens // len(dimensions)
+        general = (
+            recipe.general if self.scenario.given().get("domain") != "general" and dimensions != ["general"] else 0
+        )
         low, high = self.minutes()
+        method = [recipe.method, recipe.combined, cut, f"{recipe.layout} layout"]
+        if recipe.method == "refit":
+            method[1:2] = [recipe.combined, recipe.form, f"widths {recipe.cuts_by}"]
+        method.append(f"vocabulary {recipe.vocab}")
         lines = [
             f"model     {recipe.model} ({sizes.parameters / 1e6:.1f} M parameters)",
             f"scenario  {self.scenario}" + "".join(f" + {text.path.name}" for text in self.own),
-            f"text      {', '.join(dimensions)}: {share:,} calibration tokens each in windows of {recipe.window}; "
-            f"to fetch: {self.download_bytes / 2**20:.0f} MiB",
-            f"method    {recipe.method}, {recipe.combine}, {cut}, {recipe.layout} layout",
+            f"text      {recipe.tokens:,} calibration tokens in windows of {recipe.window}: {', '.join(dimensions)}"
+            + (f", {general:.0%} general" if general else "")
+            + f"; to fetch: {self.download_bytes / 2**20:.0f} MiB",
+            f"method    {', '.join(method)}" + (f", then {recipe.recover}" if recipe.recover else ""),
             f"output    {self.out}: model/, gguf/ in {', '.join(recipe.quant)}"
             + (", report/" if recipe.measure else ""),
             f"needs     {_size(self.disk_bytes)} disk, {_size(self.memory_bytes)} memory, "
@@ -97,14 +104,16 @@ class Prepared:
         return seconds / 60 * 0.7, seconds / 60 * 1.5
 
 
-def prepare(recipe: Recipe, quants: tuple[str, ...]) -> Prepared:
-    """Checks everything that needs no work.
+def prepare(recipe: Recipe, quants: tuple[str, ...], *, artifacts: bool = True) -> Prepared:
+    """Checks everything that needs no work; ``artifacts`` says whether files for runtimes are to be written.
 
     Raises one error with every problem found: Failed where trying again may help (the hub did not answer, a file is
     damaged) and nothing else is wrong, else InvalidRequest. ``quants`` are the types that the exporter can write.
     """
     problems = _Problems()
-    problems.add(*_missing_packages())
+    problems.add(*_missing_packages(recipe))
+    if artifacts and recipe.method == "slicegpt":
+        problems.add("--method slicegpt: no runtime holds its shortcut matrices; cusprun-edge prune writes the model")
     if recipe.device == "cuda":
         import torch
 
@@ -119,6 +128,11 @@ def prepare(recipe: Recipe, quants: tuple[str, ...]) -> Prepared:
     problems.add(*_given_twice("--corpus was given two files named {}; rename one", [text.path.name for text in own]))
     problems.add(*_given_twice("--dim {} was given twice; choose another name", [name for name, _ in pairs]))
     dims = dict(pairs)
+    known = [*(scenario.given() or ["general"]), *dims]
+    problems.add(
+        *(f"--weight {name}: no such dimension; dimensions here: {', '.join(known)}"
+          for name in recipe.weights if name not in known)
+    )  # fmt: skip
     problems.attempt(partial(find_entries, recipe.include))
     problems.attempt(lambda: check_scenario(scenario, own=bool(recipe.corpus), named=recipe.include))
     entries = all_entries(scenario, recipe.include)
@@ -169,9 +183,11 @@ def model_name(model: str) -> str:
     return last.removesuffix(".gguf").lower()
 
 
-def _missing_packages() -> list[str]:
+def _missing_packages(recipe: Recipe) -> list[str]:
     packages = {"torch": "torch", "transformers": "transformers", "llama_cpp": "llama-cpp-python", "gguf": "gguf"}
     packages |= {"datasketch": "datasketch"}
+    if recipe.recover and find_spec("peft") is None:
+        return [f"--recover {recipe.recover} needs the package peft: pip install 'cusprun[recover]'"]
     return [
         f"the package {published} is missing: pip install cusprun brings it"
         for module, published in packages.items()
@@ -235,6 +251,8 @@ def _check_model(recipe: Recipe, sizes: Sizes, problems: _Problems) -> None:
         problems.attempt(partial(check_folder, path, sizes.anatomy))
     if sizes.context is not None and recipe.window > sizes.context:
         problems.add(f"--window {recipe.window} is longer than the model's context: write {sizes.context} or less")
+    if recipe.vocab.isdigit() and int(recipe.vocab) > sizes.anatomy.vocab_size:
+        problems.add(f"--vocab {recipe.vocab}: the model has {sizes.anatomy.vocab_size} tokens; write fewer")
     if recipe.removed_share is not None:
         problems.attempt(partial(check_ratio, recipe, recipe.removed_share, sizes.anatomy))
 
@@ -268,7 +286,15 @@ def _too_little(out: Path, sizes: Sizes, disk: int, memory: int, download: int) 
 def check_ratio(recipe: Recipe, share: float, anatomy: Anatomy) -> None:
     """Raises InvalidRequest where the model cannot lose that share of its parameters."""
     align = recipe.align or default_align(anatomy, recipe.quant)
-    if share > (largest := largest_ratio(anatomy, align)):
+    drops_layers = recipe.method in WHOLE_MODEL or (
+        recipe.method == "refit" and recipe.cuts_by == "measured" and recipe.layout == "per-layer"
+    )
+    if drops_layers:
+        anatomy_left = anatomy.with_layers(anatomy.layers[:1])
+        largest = 1 - anatomy_left.parameters / anatomy.parameters * (1 - largest_ratio(anatomy_left, align))
+    else:
+        largest = largest_ratio(anatomy, align)
+    if share > largest:
         raise InvalidRequest(
             f"--ratio {share:g}: embeddings and the smallest widths leave {largest:.2f} of this model to remove; "
             f"write a ratio below {largest:.2f}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,11 @@ DEFAULT_TOKENS = 65536
 WINDOW = 512
 
 Quant = Literal["f32", "f16", "q8_0", "q4_0", "q4_1", "q4_k_m"]
+Method = Literal[
+    "refit", "cus-prun", "llm-pruner", "llm-pruner-vector", "llm-pruner-element2", "llm-pruner-mix",
+    "flap", "wanda-sp", "slicegpt", "shortgpt", "magnitude", "random",
+]  # fmt: skip
+WHOLE_MODEL = ("slicegpt", "shortgpt")  # methods that score no neurons: no ε, no combination, no choice of widths
 
 
 class Recipe(BaseModel):
@@ -38,14 +44,29 @@ class Recipe(BaseModel):
     corpus: tuple[str, ...] = Field((), description="the user's own text, FILE[:weight]")
     dim: tuple[str, ...] = Field((), description="a further dimension, NAME=FILE")
     include: tuple[str, ...] = Field((), description="catalog entries to use that are not used by themselves")
-    method: Literal["refit", "cus-prun"] = Field("refit", description="how neurons are chosen and repaired")
-    combine: Literal["intersection", "mixture", "max"] = Field("intersection", description="how dimensions combine")
+    general: float = Field(0.125, ge=0, lt=1, description="share of the calibration tokens that is general text")
+    weight: tuple[str, ...] = Field((), description="a dimension's weight in the rest of the text, NAME=NUMBER")
+    method: Method = Field("refit", description="how neurons are chosen and repaired")
+    combine: Literal["intersection", "mixture", "max"] | None = Field(
+        None, description="how dimensions combine; refit mixes, the others intersect"
+    )
+    widths: Literal["measured", "scores", "even"] | None = Field(
+        None, description="where refit cuts: by measured loss, by Cus-Prun's scores, or the same share everywhere"
+    )
+    form: Literal["sequential", "parallel"] = Field(
+        "sequential", description="refit on the compacted prefix against the dense target, or each layer for itself"
+    )
+    vocab: str = Field("auto", pattern=r"^(keep|auto|[1-9][0-9]*)$", description="tokens that stay")
     ratio: float | None = Field(None, gt=0, lt=1, description="share of all parameters that goes")
     epsilon: float | None = Field(None, gt=0, lt=1, description="remove what changes a layer by no more than this")
     layout: Literal["per-layer", "uniform"] = Field("per-layer", description="widths by layer, or one for all")
     align: int | None = Field(None, ge=1, le=1024, description="FFN widths are multiples of this")
     tokens: int = Field(DEFAULT_TOKENS, ge=1024, description="calibration tokens, shared by the dimensions")
     window: int = Field(WINDOW, ge=16, description="tokens of one calibration window")
+    recover: Literal["lora", "distill"] | None = Field(None, description="training after the cut")
+    recover_rank: int = Field(8, ge=1, le=256, description="rank of the adapters")
+    recover_tokens: int = Field(65536, ge=1024, description="calibration tokens that recovery reads in all")
+    recover_rate: float = Field(1e-4, gt=0, lt=1, description="learning rate of recovery")
     quant: tuple[Quant, ...] = Field(("q8_0",), min_length=1, description="GGUF types to write")
     measure: bool = Field(True, description="measure dense and expert after the export")
     eval_tokens: int = Field(8192, ge=1024, description="tokens of each evaluation text")
@@ -66,6 +87,13 @@ class Recipe(BaseModel):
             problems.append("a scenario needs at least one of lang, domain, task, corpus, dim")
         if self.tokens < 4 * self.window:
             problems.append(f"tokens {self.tokens} is less than four windows of {self.window}")
+        if self.epsilon is not None and self.method not in ("refit", "cus-prun"):
+            problems.append(f"epsilon is Cus-Prun's: with method {self.method} give ratio")
+        if self.method != "refit" and self.widths is not None:
+            problems.append(f"widths is for refit alone; {self.method} cuts where its paper does")
+        if self.epsilon is not None and self.widths not in (None, "scores"):
+            problems.append(f"epsilon decides the widths: widths {self.widths} cannot")
+        problems += _wrong_weights(self.weight)
         if len(set(self.quant)) < len(self.quant):
             problems.append("quant names a type twice")
         if problems:
@@ -76,6 +104,21 @@ class Recipe(BaseModel):
     def removed_share(self) -> float | None:
         """The ratio asked for; None where ε decides."""
         return None if self.epsilon is not None else (DEFAULT_RATIO if self.ratio is None else self.ratio)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weights of the dimensions that were given one."""
+        return {name: float(number) for name, _, number in (text.partition("=") for text in self.weight)}
+
+    @property
+    def combined(self) -> Literal["intersection", "mixture", "max"]:
+        """How the dimensions combine."""
+        return self.combine or ("mixture" if self.method == "refit" else "intersection")
+
+    @property
+    def cuts_by(self) -> Literal["measured", "scores", "even"]:
+        """Where refit cuts."""
+        return self.widths or ("measured" if self.epsilon is None else "scores")
 
     def key(self, *fields: str) -> str:
         """Hex sha256 over the named fields, for the content hashes of stages."""
@@ -91,6 +134,16 @@ class Recipe(BaseModel):
         """Writes YAML, whole or not at all."""
         with written_whole(path) as part:
             part.write_text(self.to_yaml(), encoding="utf-8")
+
+
+def _wrong_weights(weights: tuple[str, ...]) -> list[str]:
+    """One line for each weight that is not NAME=NUMBER with a number above 0."""
+    problems = []
+    for text in weights:
+        name, _, number = text.partition("=")
+        if not name or not re.fullmatch(r"[0-9]*\.?[0-9]+", number) or not float(number) > 0:
+            problems.append(f"weight {text!r}: write NAME=NUMBER with a number above 0, such as domain=2")
+    return problems
 
 
 def make_recipe(values: dict[str, Any]) -> Recipe:

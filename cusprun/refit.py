@@ -1,203 +1,258 @@
-"""Least-squares refit: what is left of down_proj and o_proj moves to where it makes up for the units that go.
+"""Least-squares refit: what is left of down_proj and o_proj moves to where it makes up for what goes.
 
-A second pass takes, layer by layer, H = mean x xᵀ of the inputs of the two matrices on the calibration text, all
-dimensions alike. With H the units of a layer are chosen anew, as many as the plan keeps, by optimal brain surgeon
-(Hassibi and Stork 1993; in blocks as ZipLM, Kurtic et al. 2023); the kept columns become the least-squares optimum
-W_S = (W H_{:,S} + λ W_{:,S}) (H_SS + λI)⁻¹.
+A second pass forms, layer by layer, H = E[x xᵀ] of the inputs of the two matrices on the calibration text. With H the
+units of a layer are chosen by optimal brain surgeon (:mod:`cusprun.surgeon`), as many as the widths say, and the
+kept columns S become the least-squares optimum W_S = (C_S + λ W[:, S]) (H_SS + λI)⁻¹ with C = E[t xᵀ] for a target t.
+
+parallel    each layer for itself: x is the dense model's and t = W x.
+sequential  x comes from the compacted prefix, and t = (1 - α) W x + α t*, where t* would give the residual stream the
+            dense model's values again: α = 0 keeps the layer's function on its new inputs, α = 1 repairs all that the
+            layers before it broke, and overfits.
+
+The ridge λ and α are those that, fitted on either half of the windows, leave the least error on the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from cusprun.checkpoint import Weights, write_weights
+from cusprun.anatomy import Anatomy, LayerWidths
+from cusprun.checkpoint import write_weights
 from cusprun.errors import Failed
 from cusprun.files import folder_written_whole
+from cusprun.gram import Gram
+from cusprun.layerwise import LayerwiseModel, check_window
+from cusprun.least_squares import fit
 from cusprun.plan import LayerPlan, Plan, make_plan
-from cusprun.statistics import Batch, walk
+from cusprun.progress import track
+from cusprun.surgeon import choose_columns, choose_groups
 
-DOWN, OUTPUT = "mlp.down_proj.weight", "self_attn.o_proj.weight"
-RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1)  # of the mean diagonal of H; which one, held-out windows decide
-CHOOSING_RIDGE = 1e-2
-STEPS = 24  # blocks in which a layer's channels go, each followed by an update of what is left
+DOWN, OUTPUT = "mlp.down_proj", "self_attn.o_proj"
+BATCH_TOKENS = 4096
+HELD_BYTES = 2**28  # of a matrix's inputs that are kept between fit and use; where there are more they are made twice
+
+Form = Literal["parallel", "sequential"]
+Combine = Literal["intersection", "mixture", "max"]
+
+
+def refit(
+    dense: Path,
+    anatomy: Anatomy,
+    widths: Sequence[LayerWidths | None],
+    windows: Mapping[str, np.ndarray],
+    out: Path,
+    *,
+    form: Form = "sequential",
+    combine: Combine = "mixture",
+    device: str = "cpu",
+) -> Plan:
+    """Writes the new matrices of every layer that is cut to the folder ``out``, whole or not at all; returns the plan.
+
+    ``widths`` has an entry for each dense layer, None where the whole layer goes. ``windows`` maps each dimension to
+    token ids, (n, window); the tokens count alike. With ``combine`` other than "mixture" every dimension judges which
+    units go; the fit is to the mixture always. One layer's weights and moments are in memory at a time. Raises
+    InvalidRequest where the windows are too long for the model, Failed where a hidden state is not finite.
+    """
+    chosen: list[LayerPlan] = []
+    with folder_written_whole(out) as part:
+        work = _Refit(LayerwiseModel(dense, anatomy, device), widths, windows, form, combine)
+        write_weights(part, work.run(chosen), work.sizes())
+    return make_plan(anatomy, tuple(chosen))
 
 
 @dataclass
-class Gram:
-    """Sums of x xᵀ over two halves of the windows, each (n, n) float64, with their counts of tokens."""
+class _Streams:
+    """Hidden states of one dimension's windows, (n, window, hidden): the dense model's, and the compacted one's."""
 
-    halves: list[torch.Tensor]
-    counts: list[float]
-
-    @classmethod
-    def empty(cls, n: int) -> Gram:
-        return cls([torch.zeros(n, n, dtype=torch.float64) for _ in range(2)], [0.0, 0.0])
-
-    def add(self, x: torch.Tensor, half: int, weight: float = 1.0) -> None:
-        """Adds the rows of ``x``, (tokens, n), to one half; products in float32."""
-        self.halves[half] += (x.T @ x).double().cpu() * weight
-        self.counts[half] += len(x) * weight
-
-    def add_windows(self, x: torch.Tensor, batch: Batch, weight: float) -> None:
-        """Adds a batch's inputs, every other window to either half."""
-        windows = x.unflatten(0, (-1, batch.window))
-        for offset in range(min(2, len(windows))):
-            self.add(windows[offset::2].flatten(0, 1), (batch.start + offset) % 2, weight)
-
-    def mean(self, *halves: int) -> torch.Tensor:
-        """E[x xᵀ] over the named halves."""
-        count = sum(self.counts[half] for half in halves)
-        if count == 0:
-            raise ValueError("no token was added to this half")
-        total: torch.Tensor = sum((self.halves[half] for half in halves), torch.zeros(1, dtype=torch.float64)) / count
-        return total
+    dense: torch.Tensor
+    compact: torch.Tensor  # the same object as ``dense`` until the first cut, and always in the parallel form
+    held: list[torch.Tensor] = field(default_factory=list)
 
 
-def refit(dense: Path, plan: Plan, windows: Mapping[str, np.ndarray], out: Path, *, device: str = "cpu") -> Plan:
-    """Writes the new matrices of every layer to the folder ``out``, whole or not at all, and returns the new plan.
+class _Refit:
+    """One way down the layers."""
 
-    The counts are ``plan``'s, the units are chosen here. One layer's moments are held at a time. Raises what
-    :func:`cusprun.statistics.walk` raises.
-    """
-    chosen: list[LayerPlan] = []
-    sizes = {}
-    for index, widths in enumerate(plan.expert.layers):
-        for name, columns in ((DOWN, widths.ffn), (OUTPUT, widths.heads * plan.dense.head_dim)):
-            sizes[plan.dense.prefix(index) + name] = plan.dense.hidden_size * columns * 4
-    with folder_written_whole(out) as part:
-        write_weights(part, _layers(dense, plan, windows, device, chosen), sizes)
-    return make_plan(plan.dense, tuple(chosen))
+    def __init__(
+        self,
+        model: LayerwiseModel,
+        widths: Sequence[LayerWidths | None],
+        windows: Mapping[str, np.ndarray],
+        form: Form,
+        combine: Combine,
+    ) -> None:
+        self.model, self.widths, self.form, self.combine = model, widths, form, combine
+        check_window(model.config, max(ids.shape[1] for ids in windows.values()))
+        self.streams: dict[str, _Streams] = {}
+        for name, ids in windows.items():
+            states = model.embed(ids)
+            self.streams[name] = _Streams(states, states)
+        self.tokens = sum(ids.size for ids in windows.values())
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every matrix that is written, by name, in order."""
+        sizes = {}
+        for index, (before, after) in enumerate(zip(self.model.anatomy.layers, self.widths, strict=True)):
+            if after is None:
+                continue
+            prefix, rows = self.model.anatomy.prefix(index), self.model.anatomy.hidden_size * 4
+            if after.heads and after.heads < before.heads:
+                sizes[f"{prefix}{OUTPUT}.weight"] = rows * after.heads * self.model.anatomy.head_dim
+            if after.ffn < before.ffn:
+                sizes[f"{prefix}{DOWN}.weight"] = rows * after.ffn
+        return sizes
 
-def _layers(
-    dense: Path, plan: Plan, windows: Mapping[str, np.ndarray], device: str, chosen: list[LayerPlan]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields the new matrices by name, float32, and appends what each layer keeps to ``chosen``."""
-    anatomy, weights = plan.dense, Weights(dense)
-    tokens = {name: ids.size for name, ids in windows.items()}
-    for index, batches in walk(dense, anatomy, windows, label="refit, layer by layer", device=device):
-        widths, kept = anatomy.layers[index], plan.layers[index]
-        channels, heads = Gram.empty(widths.ffn), Gram.empty(widths.heads * anatomy.head_dim)
-        for batch in batches:
-            channels.add_windows(batch.channels, batch, 1 / tokens[batch.dimension])
-            heads.add_windows(batch.heads, batch, 1 / tokens[batch.dimension])
-        prefix, run = anatomy.prefix(index), widths.heads // widths.kv_heads * anatomy.head_dim
-        down, output = weights[prefix + DOWN].double(), weights[prefix + OUTPUT].double()
-        ffn = choose_columns(down, channels.mean(0, 1), len(kept.ffn))
-        groups = choose_groups(output, heads.mean(0, 1), len(kept.kv_heads), run)
+    @torch.no_grad()
+    def run(self, chosen: list[LayerPlan]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields the new matrices by name, float32, and appends what each layer keeps to ``chosen``."""
+        for index in track(range(len(self.widths)), f"refit, {self.form}, layer by layer"):
+            with self.model.layer(index) as layer:
+                yield from self._layer(index, layer, chosen)
+            for name, streams in self.streams.items():
+                if not torch.isfinite(streams.compact[-1]).all():
+                    raise Failed(f"layer {index} gives values that are not finite on the {name} text")
+
+    def _layer(self, index: int, layer: Any, chosen: list[LayerPlan]) -> Iterator[tuple[str, torch.Tensor]]:
+        before, after = self.model.anatomy.layers[index], self.widths[index]
+        prefix, run = self.model.anatomy.prefix(index), before.queries_per_kv * self.model.anatomy.head_dim
+        groups, ffn = list(range(before.kv_heads)), list(range(before.ffn))
+        if before.kv_heads:
+            attention = _Part(self.model, layer, "attention")
+            matrix = layer.self_attn.o_proj.weight.double().cpu()
+            if after is not None and after.kv_heads == before.kv_heads:
+                self._keep(attention)
+            elif after is None or not after.kv_heads:
+                groups = []
+                self._leave_out(attention)
+            else:
+                moments = self._moments(attention, before.heads * self.model.anatomy.head_dim)
+                groups = choose_groups(matrix, self._judges(moments), [after.kv_heads], run, self._agreement())[0]
+                columns = group_columns(groups, run)
+                fitted = fit(matrix, _total(moments), columns)
+                yield f"{prefix}{OUTPUT}.weight", fitted
+                self._replace(attention, columns, fitted)
+        network = _Part(self.model, layer, "ffn")
+        if after is None:
+            ffn = []
+            self._leave_out(network)
+        elif after.ffn == before.ffn:
+            self._keep(network)
+        else:
+            matrix = layer.mlp.down_proj.weight.double().cpu()
+            moments = self._moments(network, before.ffn)
+            ffn = choose_columns(matrix, self._judges(moments), [after.ffn], self._agreement())[0]
+            fitted = fit(matrix, _total(moments), torch.tensor(ffn))
+            yield f"{prefix}{DOWN}.weight", fitted
+            self._replace(network, torch.tensor(ffn), fitted)
         chosen.append(LayerPlan(tuple(ffn), tuple(groups)))
-        columns = torch.cat([torch.arange(group * run, (group + 1) * run) for group in groups])
-        yield prefix + DOWN, fit(down, channels, torch.tensor(ffn))
-        yield prefix + OUTPUT, fit(output, heads, columns)
+
+    # the three things that can happen to a part of a layer ------------------------------------------------------------
+
+    def _keep(self, part: _Part) -> None:
+        """Both streams go through the part as it is."""
+        for streams in self.streams.values():
+            for states in {id(states): states for states in (streams.dense, streams.compact)}.values():
+                for batch in _batches(states):
+                    batch += part(batch)[1]
+
+    def _leave_out(self, part: _Part) -> None:
+        """The dense stream goes through the part, the compacted one passes by."""
+        for streams in self.streams.values():
+            if self.form == "sequential" and streams.compact is streams.dense:
+                streams.compact = streams.dense.clone()
+            for batch in _batches(streams.dense):
+                batch += part(batch)[1]
+
+    def _moments(self, part: _Part, columns: int) -> dict[str, Gram]:
+        """Takes the dense stream through the part, and the moments of the compacted stream's inputs with targets.
+
+        The inputs are held for :meth:`_replace` where they are few.
+        """
+        sequential = self.form == "sequential"
+        rows = self.model.anatomy.hidden_size if sequential else None
+        moments: dict[str, Gram] = {}
+        hold = sequential and self.tokens * columns * 4 <= HELD_BYTES
+        for name, streams in self.streams.items():
+            gram = moments.setdefault(name if self.combine != "mixture" else "mixture", Gram.empty(columns, rows))
+            apart = streams.compact is not streams.dense
+            if sequential and not apart:
+                streams.compact = streams.dense.clone()
+            window, start = streams.dense.shape[1], 0
+            for dense, compact in zip(_batches(streams.dense), _batches(streams.compact), strict=True):
+                inputs, added = part(dense)
+                dense += added
+                if apart:
+                    inputs, _ = part(compact)
+                gram.add_windows(inputs, start, window, (dense - compact).flatten(0, 1) if sequential else None)
+                start += len(dense)
+                if hold:
+                    streams.held.append(inputs)
+        return moments
+
+    def _replace(self, part: _Part, columns: torch.Tensor, fitted: torch.Tensor) -> None:
+        """Takes the compacted stream through the part with only the kept columns, at their new values."""
+        if self.form == "parallel":
+            return
+        for streams in self.streams.values():
+            held = iter(streams.held)
+            for compact in _batches(streams.compact):
+                inputs = next(held, None)
+                if inputs is None:
+                    inputs, _ = part(compact)
+                compact += (inputs[:, columns] @ fitted.T + part.bias).unflatten(0, compact.shape[:2])
+            streams.held = []
+
+    def _judges(self, moments: Mapping[str, Gram]) -> list[torch.Tensor]:
+        return [gram.mean(0, 1) for gram in moments.values()]
+
+    def _agreement(self) -> Literal["intersection", "max"]:
+        return "max" if self.combine == "max" else "intersection"
 
 
-def fit(matrix: torch.Tensor, gram: Gram, kept: torch.Tensor) -> torch.Tensor:
-    """The matrix's kept columns, (rows, kept) float32, at the least-squares optimum for the outputs of all columns.
+class _Part:
+    """Attention or FFN of a loaded layer: hidden states in; the inputs of its last matrix and what it adds out."""
 
-    Keeps them as they are where every column stays. The ridge is the one of RIDGES that, fitted on either half of the
-    windows, leaves the least error on the other; leaving the columns unchanged takes part as well.
-    """
-    if len(kept) == matrix.shape[1]:
-        return matrix.float()
+    def __init__(self, model: LayerwiseModel, layer: Any, kind: Literal["attention", "ffn"]) -> None:
+        self.model, self.layer, self.kind = model, layer, kind
+        last = layer.self_attn.o_proj if kind == "attention" else layer.mlp.down_proj
+        self.bias = 0.0 if last.bias is None else last.bias
+        self._last = last
 
-    def solve(moments: torch.Tensor, ridge: float) -> torch.Tensor:
-        return least_squares(matrix, moments, kept, ridge)
-
-    def error(candidate: torch.Tensor, moments: torch.Tensor) -> float:
-        change = -matrix.clone()
-        change[:, kept] += candidate
-        return float(((change @ moments) * change).sum())
-
-    sliced = matrix[:, kept]
-    trials: dict[float | None, float] = {None: sum(error(sliced, gram.mean(half)) for half in (0, 1))}
-    for ridge in RIDGES:
-        trials[ridge] = sum(error(solve(gram.mean(1 - half), ridge), gram.mean(half)) for half in (0, 1))
-    best = min(trials, key=lambda ridge: trials[ridge])
-    return (sliced if best is None else solve(gram.mean(0, 1), best)).float()
-
-
-def least_squares(matrix: torch.Tensor, moments: torch.Tensor, kept: torch.Tensor, ridge: float) -> torch.Tensor:
-    """W_S that minimizes E‖W x - W_S x_S‖² + λ‖W_S - W[:, S]‖², (rows, kept) float64.
-
-    ``ridge`` is λ over the mean diagonal of ``moments``. The penalty pulls towards the columns as they were.
-    """
-    scale = ridge * moments.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    inside = moments[kept][:, kept] + scale * torch.eye(len(kept), dtype=moments.dtype)
-    wanted = matrix @ moments[:, kept] + scale * matrix[:, kept]
-    return solve_symmetric(inside, wanted.T).T
+    def __call__(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``states`` is (n, window, hidden); returns (n * window, columns) and (n, window, hidden)."""
+        seen: list[torch.Tensor] = []
+        handle = self._last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
+        try:
+            if self.kind == "attention":
+                normed = self.layer.input_layernorm(states)
+                positions = self.model.positions(states.shape[1])
+                added = self.layer.self_attn(normed, position_embeddings=positions, attention_mask=None)[0]
+            else:
+                added = self.layer.mlp(self.layer.post_attention_layernorm(states))
+        finally:
+            handle.remove()
+        return seen[0], added
 
 
-def solve_symmetric(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Solves left · X = right for a symmetric positive semi-definite matrix: Cholesky, else by its eigenvalues."""
-    factor, failed = torch.linalg.cholesky_ex(left)
-    if int(failed) == 0:
-        return torch.cholesky_solve(right, factor)
-    values, vectors = torch.linalg.eigh(left)
-    floor = values.max().clamp_min(torch.finfo(left.dtype).tiny) * 1e-10
-    return vectors @ ((vectors.T @ right) / values.clamp_min(floor).unsqueeze(1))
+def _batches(states: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Views of some windows at a time."""
+    step = max(1, BATCH_TOKENS // states.shape[1])
+    for start in range(0, len(states), step):
+        yield states[start : start + step]
 
 
-def damped_inverse(moments: torch.Tensor) -> torch.Tensor:
-    """(H + λI)⁻¹ with the ridge that units are chosen with."""
-    scale = CHOOSING_RIDGE * moments.diagonal().mean()
-    if float(scale) <= 0:
-        raise Failed("the inputs of a layer are zero throughout: the model is broken")
-    damped = moments + scale * torch.eye(len(moments), dtype=moments.dtype)
-    return solve_symmetric(damped, torch.eye(len(moments), dtype=moments.dtype))
+def _total(moments: Mapping[str, Gram]) -> Gram:
+    first, *others = moments.values()
+    for other in others:
+        first = first + other
+    return first
 
 
-def choose_columns(matrix: torch.Tensor, moments: torch.Tensor, keep: int) -> list[int]:
-    """Columns that stay, ascending, by optimal brain surgeon in blocks.
-
-    Removing column j at best costs ‖w_j‖² / [H⁻¹]_jj, and nothing where its input is always zero. The cheapest go, what
-    is left is updated, and so on.
-    """
-    left = torch.arange(matrix.shape[1])
-    if keep >= len(left):
-        return left.tolist()
-    current, inverse = matrix.clone(), damped_inverse(moments)
-    size = max(1, -(-(len(left) - keep) // STEPS))
-    while len(left) > keep:
-        costs = current.square().sum(0) / inverse.diagonal() * (moments.diagonal()[left] > 0)
-        gone = torch.argsort(costs, stable=True)[: min(size, len(left) - keep)].sort().values
-        current, inverse, left = _remove(current, inverse, left, gone)
-    return left.tolist()
-
-
-def choose_groups(matrix: torch.Tensor, moments: torch.Tensor, keep: int, run: int) -> list[int]:
-    """kv groups that stay, ascending: each is ``run`` neighbouring columns, and the cheapest goes first.
-
-    Removing group g at best costs tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ).
-    """
-    left = list(range(matrix.shape[1] // run))
-    if keep >= len(left):
-        return left
-    current, inverse, columns = matrix.clone(), damped_inverse(moments), torch.arange(matrix.shape[1])
-    while len(left) > keep:
-        costs = []
-        for place in range(len(left)):
-            group = slice(place * run, (place + 1) * run)
-            block = current[:, group]
-            costs.append(float((solve_symmetric(inverse[group, group], block.T).T * block).sum()))
-        place = int(np.argmin(costs))
-        gone = torch.arange(place * run, (place + 1) * run)
-        current, inverse, columns = _remove(current, inverse, columns, gone)
-        left.pop(place)
-    return left
-
-
-def _remove(
-    matrix: torch.Tensor, inverse: torch.Tensor, names: torch.Tensor, gone: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Takes columns out: the others of ``matrix`` make up for them, and H⁻¹ is conditioned on what is left."""
-    stays = torch.ones(len(names), dtype=torch.bool)
-    stays[gone] = False
-    step = solve_symmetric(inverse[gone][:, gone], inverse[gone][:, stays])  # ([H⁻¹]_RR)⁻¹ [H⁻¹]_RS
-    updated = matrix[:, stays] - matrix[:, gone] @ step
-    conditioned = inverse[stays][:, stays] - inverse[stays][:, gone] @ step
-    return updated, (conditioned + conditioned.T) / 2, names[stays]
+def group_columns(groups: Sequence[int], run: int) -> torch.Tensor:
+    """Columns of o_proj that belong to kv groups of ``run`` columns each."""
+    return torch.cat([torch.arange(group * run, (group + 1) * run) for group in groups])

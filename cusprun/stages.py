@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,25 @@ import psutil
 from cusprun.errors import Failed, InvalidRequest, reason_of
 from cusprun.files import sha256_file, write_json
 from cusprun.progress import say
+
+# Raise a stage's number when what it writes from the same inputs changes.
+VERSIONS = {
+    "text": 2,
+    "prices": 1,
+    "sensitivity": 1,
+    "spend": 1,
+    "trim": 1,
+    "retext": 1,
+    "statistics": 2,
+    "plan": 2,
+    "refit": 2,
+    "compacted": 1,
+    "model": 2,
+    "gguf": 1,
+    "quality": 1,
+    "questions": 1,
+    "speed": 1,
+}
 
 
 class Stages:
@@ -52,6 +72,17 @@ class Stages:
         if listed:
             say(f"{name}: {seconds:.1f} s")
         return json.loads(json.dumps(value))
+
+    def step(
+        self, name: str, inputs: Sequence[str], outputs: Sequence[Path], work: Callable[[], Any]
+    ) -> dict[str, Any]:
+        """Runs a stage; its key is made of its name, its version and ``inputs``, hashes. Returns key and value.
+
+        Of a name such as gguf.q8_0 the part before the point has the version.
+        """
+        version = VERSIONS[name.split(".")[0]]
+        key = hashlib.sha256(json.dumps([name, version, *inputs]).encode()).hexdigest()
+        return {"key": key, "value": self.run(name, key, outputs, work)}
 
     def seconds(self) -> dict[str, float]:
         """How long each finished stage took when it ran."""

@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from cusprun.anatomy import Anatomy
-from cusprun.checkpoint import Weights
 from cusprun.errors import Failed, InvalidRequest
 from cusprun.files import folder_written_whole
-from cusprun.memory import release_freed
+from cusprun.layerwise import LayerwiseModel, check_window
 from cusprun.moments import NEEDS, RELATIVE, GradientSums, LayerStatistics, Moments, Need, Statistics, UnitMoments
 from cusprun.progress import track
 from cusprun.tensor_file import TensorFile
@@ -60,18 +59,18 @@ def walk(
 
     if not any(len(ids) for ids in windows.values()):
         raise InvalidRequest("there is no text to take statistics of")
-    layers = _Layers(folder, anatomy, device)
+    layers = LayerwiseModel(folder, anatomy, device)
     hidden = {name: layers.embed(ids) for name, ids in windows.items()}
     check_window(layers.config, max(ids.shape[1] for ids in windows.values()))
     for index in track(range(len(anatomy.layers)), label):
-        with torch.no_grad(), layers.loaded(index) as layer:
+        with torch.no_grad(), layers.layer(index) as layer:
             yield index, _batches(layer, layers, hidden, batch_tokens)
         for name, states in hidden.items():
             if not torch.isfinite(states[-1]).all():
                 raise Failed(f"layer {index} of {folder} gives values that are not finite on the {name} text")
 
 
-def _batches(layer: Any, layers: _Layers, hidden: dict[str, torch.Tensor], batch_tokens: int) -> Iterator[Batch]:
+def _batches(layer: Any, layers: LayerwiseModel, hidden: dict[str, torch.Tensor], batch_tokens: int) -> Iterator[Batch]:
     """Takes ``hidden``, dimension to (n, window, hidden), through one layer in place."""
     seen: dict[str, torch.Tensor] = {}
 
@@ -88,7 +87,7 @@ def _batches(layer: Any, layers: _Layers, hidden: dict[str, torch.Tensor], batch
         step = max(1, batch_tokens // states.shape[1])
         for start in range(0, len(states), step):
             batch = states[start : start + step].to(layers.device)
-            out = layer(batch, attention_mask=None, position_embeddings=layers.positions(batch.shape[1]))
+            out = layers.forward(layer, batch)
             states[start : start + step] = out.to(states.device)
             heads = seen["attention"] if attention else seen["ffn"][:, :0]  # a layer without attention reads none
             yield Batch(name, start, states.shape[1], seen["ffn"], heads, out.flatten(0, 1))
@@ -181,79 +180,6 @@ def _relative(batch: Batch, kv_heads: int) -> UnitMoments:
 def _plain(batch: Batch) -> UnitMoments:
     """Diagonal moments of the inputs as they are."""
     return UnitMoments(*(Moments.of(inputs, inputs.shape[1]) for inputs in (batch.channels, batch.heads)))
-
-
-def check_window(config: Any, window: int) -> None:
-    """Raises InvalidRequest where ``window`` tokens are more than the model of ``config`` reads at once."""
-    limits = {"max_position_embeddings": config.max_position_embeddings}
-    if sliding := getattr(config, "sliding_window", None):
-        limits["sliding_window"] = sliding
-    for name, limit in limits.items():
-        if window > limit:
-            raise InvalidRequest(f"--window {window} is longer than the model's {name}, {limit}")
-
-
-class _Layers:
-    """The decoder layers of a folder, built without weights; one at a time is given its weights."""
-
-    def __init__(self, folder: Path, anatomy: Anatomy, device: str) -> None:
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        self.anatomy = anatomy
-        self.device = device
-        self.weights = Weights(folder)
-        self.config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(
-                self.config, dtype=torch.float32, attn_implementation="sdpa"
-            ).eval()
-        self.skeleton = skeleton.model.layers
-        self.rotary = type(skeleton.model.rotary_emb)(self.config).to(device)
-        self._positions: dict[int, Any] = {}
-
-    def embed(self, ids: np.ndarray) -> torch.Tensor:
-        """Embeddings of token ids: (n, window) -> (n, window, hidden) float32 on the CPU."""
-        import torch
-
-        table = self.weights[self.anatomy.family.embedding]
-        if ids.size and int(ids.max()) >= table.shape[0]:
-            raise InvalidRequest(
-                f"the tokenizer gives id {int(ids.max())} and the model has {table.shape[0]} embeddings: "
-                "they do not belong together"
-            )
-        return torch.nn.functional.embedding(torch.from_numpy(ids), table).float()
-
-    def positions(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of the rotary embedding for positions 0 … length - 1."""
-        import torch
-
-        if length not in self._positions:
-            ids = torch.arange(length, device=self.device).unsqueeze(0)
-            self._positions[length] = self.rotary(torch.zeros(1, device=self.device), position_ids=ids)
-        found: tuple[torch.Tensor, torch.Tensor] = self._positions[length]
-        return found
-
-    def loaded(self, index: int) -> _LoadedLayer:
-        return _LoadedLayer(self, index)
-
-
-class _LoadedLayer:
-    """Context manager: the layer with its weights inside, a bare skeleton again after."""
-
-    def __init__(self, layers: _Layers, index: int) -> None:
-        self.layers, self.index = layers, index
-
-    def __enter__(self) -> Any:
-        prefix = self.layers.anatomy.prefix(self.index)
-        layer = self.layers.skeleton[self.index].to_empty(device=self.layers.device)
-        for name, parameter in layer.state_dict().items():  # one after the other: no second copy of the layer
-            parameter.copy_(self.layers.weights[prefix + name])
-        return layer
-
-    def __exit__(self, *_: object) -> None:
-        self.layers.skeleton[self.index].to("meta")
-        release_freed()
 
 
 def save_statistics(statistics: Iterable[Mapping[str, LayerStatistics]], folder: Path) -> None:

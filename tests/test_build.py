@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file
@@ -70,7 +71,9 @@ def test_expert_json(expert: Path) -> None:
     assert card["expert"]["parameters"] == anatomy.parameters
     assert card["expert"]["macs_per_token"] == anatomy.macs_per_token
     assert 1 - card["expert"]["parameters"] / card["base"]["parameters"] == pytest.approx(0.3, abs=0.01)
-    assert [row["ffn_expert"] for row in card["expert"]["widths"]] == [layer.ffn for layer in anatomy.layers]
+    kept = [row["ffn_expert"] for row in card["expert"]["widths"] if row["ffn_expert"]]  # 0: the layer went whole
+    assert kept == [layer.ffn for layer in anatomy.layers]
+    assert card["expert"]["vocabulary"] == anatomy.vocab_size
     (artifact,) = card["artifacts"]
     path = expert / artifact["path"]
     assert artifact["sha256"] == sha256_file(path)
@@ -159,7 +162,8 @@ def test_a_further_dimension_takes_part(tmp_path: Path, pico_model: Path, own_te
     out = tmp_path / "expert"
     run("build", "--model", pico_model, "--corpus", f"{own_text}:2", "--dim", f"style={style}", "--combine", "max",
         "--out", out, *QUICK)  # fmt: skip
-    assert set(load_file(out / ".stages" / "windows.safetensors")) == {"general", "style"}
+    names = set(load_file(out / ".stages" / "windows.safetensors"))
+    assert {name for name in names if "/" not in name} == {"general", "style"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -235,13 +239,16 @@ def test_cus_prun_slices_and_refit_repairs(tmp_path: Path, expert: Path, pico_mo
     )
     refitted, sliced = (load_file(folder / "model" / "model.safetensors") for folder in (expert, out))
     dense = load_file(pico_model / "model.safetensors")
-    down, up = "model.layers.1.mlp.down_proj.weight", "model.layers.1.mlp.up_proj.weight"
-    columns = {tuple(column) for column in dense[down].T}
-    assert {tuple(column) for column in sliced[down].T} <= columns
-    assert not {tuple(column) for column in refitted[down].T} & columns
-    rows = {tuple(row) for row in dense[up]}
+
+    def vectors(tensors: dict[str, np.ndarray], part: str) -> set[tuple[float, ...]]:
+        """Rows of up_proj, columns of down_proj, of all layers."""
+        found = [tensor if "up" in part else tensor.T for name, tensor in tensors.items() if f"{part}_proj" in name]
+        return {tuple(vector) for matrix in found for vector in matrix}
+
+    assert vectors(sliced, "down") < vectors(dense, "down")
+    assert vectors(refitted, "down") - vectors(dense, "down")
     for tensors in (refitted, sliced):
-        assert {tuple(row) for row in tensors[up]} <= rows
+        assert vectors(tensors, "up") < vectors(dense, "up")
     names = [json.loads((folder / "expert.json").read_text())["method"]["name"] for folder in (expert, out)]
     assert names == ["refit", "cus-prun"]
 

@@ -80,4 +80,19 @@ def test_yaml_tags_are_not_executed(tmp_path: Path) -> None:
 
 def test_methods_of_the_recipe_are_those_of_the_registry_and_refit() -> None:
     names = get_args(Recipe.model_fields["method"].annotation)
-    assert set(names) == {criterion.name for criterion in CRITERIA} | {"refit"}
+    assert set(names) == {criterion.name for criterion in CRITERIA} | {"refit", "slicegpt", "shortgpt"}
+
+
+@pytest.mark.parametrize("weight", ["domain", "=2", "domain=", "domain=0", "domain=-1", "domain=two", "domain=nan"])
+def test_weights_that_are_none(weight: str) -> None:
+    with pytest.raises(InvalidRequest, match="NAME=NUMBER"):
+        make_recipe({"lang": "en", "weight": [weight]})
+
+
+def test_what_belongs_to_one_method_alone_is_refused_elsewhere() -> None:
+    for wrong in ({"method": "flap", "widths": "even"}, {"method": "shortgpt", "epsilon": 0.1}, {"vocab": "few"}):
+        with pytest.raises(InvalidRequest):
+            make_recipe({"lang": "en", **wrong})
+    assert make_recipe({"lang": "en"}).combined == "mixture"
+    assert make_recipe({"lang": "en", "method": "cus-prun"}).combined == "intersection"
+    assert make_recipe({"lang": "en", "epsilon": 0.1}).cuts_by == "scores"

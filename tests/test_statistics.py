@@ -137,13 +137,13 @@ def test_gradients_of_some_windows(pico_model: Path) -> None:
 
 
 def test_one_layer_of_weights_at_a_time(pico_model: Path) -> None:
-    from cusprun.statistics import _Layers
+    from cusprun.layerwise import LayerwiseModel
 
-    layers = _Layers(pico_model, describe(pico_model), "cpu")
-    with layers.loaded(1):
-        real = [not next(layer.parameters()).is_meta for layer in layers.skeleton]
+    model = LayerwiseModel(pico_model, describe(pico_model))
+    with model.layer(1):
+        real = [not next(layer.parameters()).is_meta for layer in model.layers]
     assert real == [False, True, False]
-    assert all(parameter.is_meta for layer in layers.skeleton for parameter in layer.parameters())
+    assert all(parameter.is_meta for layer in model.layers for parameter in layer.parameters())
 
 
 def test_moments_in_blocks() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,14 @@ from cusprun.corpora.catalog import load_catalog
 from cusprun.corpora.document import Document, OwnText, Question, Scenario, WeightedDocument, fingerprint
 from cusprun.corpora.packing import pack_windows, render
 from cusprun.corpora.parsers import VERSION
-from cusprun.corpora.sampling import dimension_corpora, evaluation_texts, questions
+from cusprun.corpora.sampling import dimension_corpora, evaluation_texts, general_text, questions
+from cusprun.errors import InvalidRequest
 from cusprun.files import sha256_file, sha256_tree, written_whole
+
+GENERAL = "general"
+ASIDE = "aside/"
+ASIDE_WINDOWS = 4  # of each dimension
+ASIDE_EACH = 16  # one calibration document in so many is set aside
 
 
 @dataclass(frozen=True)
@@ -34,15 +40,62 @@ class Selection:
     window: int
     questions: int  # at most
     seed: int
+    general: float = 0.0  # share of the calibration tokens that is general text of the scenario's language
+    weights: Mapping[str, float] = field(default_factory=dict)  # of the dimensions in the rest; 1 where not named
 
     def key(self) -> str:
         """Hex sha256 over everything that decides which text comes out: wishes, the user's files, the catalog."""
         own = [[_sha256(text.path), text.weight] for text in self.own]
         dims = {name: _sha256(path) for name, path in self.dims.items()}
         catalog = [entry.model_dump(mode="json", exclude={"tried"}) for entry in load_catalog()]
-        sizes = [self.tokens, self.window, self.questions, self.seed]
+        sizes = [self.tokens, self.window, self.questions, self.seed, self.general, dict(self.weights)]
         values = [VERSION, asdict(self.scenario), own, dims, self.include, sizes, catalog]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    def corpora(self) -> dict[str, list[WeightedDocument]]:
+        """Calibration documents by dimension; ``general`` joins them where it has a share and the language has text.
+
+        Raises InvalidRequest where a weight names no dimension.
+        """
+        corpora = dimension_corpora(self.scenario, self.own, self.dims, named=self.include)
+        if unknown := sorted(set(self.weights) - set(corpora)):
+            raise InvalidRequest(
+                f"--weight {unknown[0]}: no such dimension; dimensions of this scenario: {', '.join(corpora)}"
+            )
+        if self.general and self.scenario.domain != "general" and GENERAL not in corpora:
+            text = general_text(self.scenario, self.include)
+            corpora |= {GENERAL: text} if text else {}
+        return corpora
+
+    def documents(self, tokenizer: Any) -> dict[str, list[str]]:
+        """All calibration documents by dimension, rendered for the tokenizer; those set aside are not among them."""
+        return {
+            name: [render(item.document, tokenizer) for item in _used(documents, aside=False)]
+            for name, documents in self.corpora().items()
+        }
+
+    def shares(self, dimensions: Sequence[str]) -> dict[str, int]:
+        """Calibration tokens of each dimension; the general text has its share, the weights split the rest."""
+        own = [name for name in dimensions if name != GENERAL or not self.general or len(dimensions) == 1]
+        general = self.general if len(own) < len(dimensions) else 0.0
+        total = sum(self.weights.get(name, 1.0) for name in own)
+        parts = {name: (1 - general) * self.weights.get(name, 1.0) / total for name in own}
+        if general:
+            parts[GENERAL] = general
+        return {name: int(self.tokens * part) for name, part in parts.items()}
+
+    def _aside(self, corpora: Mapping[str, list[WeightedDocument]], tokenizer: Any) -> dict[str, np.ndarray]:
+        """Windows of the documents set aside, where a dimension has enough of them."""
+        found = {}
+        for name, documents in corpora.items():
+            if aside := _used(documents, aside=True):
+                try:
+                    found[ASIDE + name] = pack_windows(
+                        aside, tokenizer, ASIDE_WINDOWS * self.window, self.window, self.seed
+                    )
+                except InvalidRequest:  # too few documents: this dimension has no say in the check
+                    continue
+        return found
 
     def write(self, tokenizer: Any, windows_path: Path, texts_path: Path) -> dict[str, Any]:
         """Writes both files and returns what they were made of, an entry of the catalog a row.
@@ -51,12 +104,12 @@ class Selection:
         """
         from safetensors.numpy import save_file
 
-        corpora = dimension_corpora(self.scenario, self.own, self.dims, named=self.include)
-        share = self.tokens // len(corpora)
+        corpora = self.corpora()
         windows = {
-            name: pack_windows(documents, tokenizer, share, self.window, self.seed)
-            for name, documents in corpora.items()
+            name: pack_windows(_used(corpora[name], aside=False), tokenizer, tokens, self.window, self.seed)
+            for name, tokens in self.shares(list(corpora)).items()
         }
+        windows |= self._aside(corpora, tokenizer)
         texts = evaluation_texts(self.scenario, self.own, self.dims, named=self.include)
         asked = sorted(questions(self.scenario, self.own, named=self.include), key=_scattered)[: self.questions]
         with written_whole(windows_path) as part:
@@ -79,6 +132,15 @@ class Selection:
 
 def read_windows(path: Path) -> dict[str, np.ndarray]:
     """Calibration windows by dimension, (n, window) int64 each."""
+    return {name: ids for name, ids in _load(path).items() if not name.startswith(ASIDE)}
+
+
+def read_aside(path: Path) -> dict[str, np.ndarray]:
+    """Windows of calibration documents that no moment is taken of, by dimension: what choices are checked on."""
+    return {name.removeprefix(ASIDE): ids for name, ids in _load(path).items() if name.startswith(ASIDE)}
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     windows = load_file(path)
@@ -98,6 +160,13 @@ def read_texts(path: Path) -> tuple[dict[str, list[str]], list[Question]]:
             else:
                 texts[row["text"]] = row["documents"]
     return texts, asked
+
+
+def _used(documents: list[WeightedDocument], *, aside: bool) -> list[WeightedDocument]:
+    """Those set aside, or the others; a corpus of few documents sets none aside."""
+    if len(documents) < 2 * ASIDE_EACH:
+        return [] if aside else documents
+    return [item for item in documents if (int(_scattered(item.document)[:8], 16) % ASIDE_EACH == 0) == aside]
 
 
 def _scattered(document: Document) -> str:

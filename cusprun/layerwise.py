@@ -1,0 +1,95 @@
+"""A model one decoder layer at a time: built without weights, each layer is given its own only while it works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cusprun.anatomy import Anatomy
+from cusprun.checkpoint import Weights
+from cusprun.errors import InvalidRequest
+from cusprun.memory import release_freed
+
+
+def check_window(config: Any, window: int) -> None:
+    """Raises InvalidRequest where ``window`` tokens are more than the model of ``config`` reads at once."""
+    limits = {"max_position_embeddings": config.max_position_embeddings}
+    if sliding := getattr(config, "sliding_window", None):
+        limits["sliding_window"] = sliding
+    for name, limit in limits.items():
+        if window > limit:
+            raise InvalidRequest(f"--window {window} is longer than the model's {name}, {limit}")
+
+
+class LayerwiseModel:
+    """The model of a folder in float32, of which one layer's weights are in memory."""
+
+    def __init__(self, folder: Path, anatomy: Anatomy, device: str = "cpu") -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.anatomy = anatomy
+        self.device = device
+        self.weights = Weights(folder)
+        self.config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(
+                self.config, dtype=torch.float32, attn_implementation="sdpa"
+            ).eval()
+        self.layers = skeleton.model.layers
+        self._norm = skeleton.model.norm
+        self._rotary = type(skeleton.model.rotary_emb)(self.config).to(device)
+        self._positions: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def embed(self, ids: np.ndarray) -> torch.Tensor:
+        """Embeddings of token ids: (n, window) -> (n, window, hidden) float32 on the CPU."""
+        table = self.weights[self.anatomy.family.embedding]
+        if ids.size and int(ids.max()) >= table.shape[0]:
+            raise InvalidRequest(
+                f"the tokenizer gives id {int(ids.max())} and the model has {table.shape[0]} embeddings: "
+                "they do not belong together"
+            )
+        return torch.nn.functional.embedding(torch.from_numpy(ids), table).float()
+
+    def positions(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the rotary embedding for positions 0 … length - 1."""
+        if length not in self._positions:
+            ids = torch.arange(length, device=self.device).unsqueeze(0)
+            self._positions[length] = self._rotary(torch.zeros(1, device=self.device), position_ids=ids)
+        return self._positions[length]
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[Any]:
+        """The decoder layer with its weights inside; a bare skeleton again after."""
+        prefix = self.anatomy.prefix(index)
+        layer = self.layers[index].to_empty(device=self.device)
+        try:
+            with torch.no_grad():
+                for name, parameter in layer.state_dict().items():  # one after the other: no second copy of the layer
+                    parameter.copy_(self.weights[prefix + name])
+            yield layer
+        finally:
+            layer.to("meta")
+            release_freed()
+
+    def forward(self, layer: Any, states: torch.Tensor) -> torch.Tensor:
+        """``states``, (n, window, hidden), through one loaded layer."""
+        out: torch.Tensor = layer(states, attention_mask=None, position_embeddings=self.positions(states.shape[1]))
+        return out
+
+    @contextmanager
+    def head(self) -> Iterator[Any]:
+        """The final norm and the output matrix as one function: hidden states (…, hidden) to logits (…, vocabulary)."""
+        family = self.anatomy.family
+        norm = self._norm.to_empty(device=self.device)
+        with torch.no_grad():
+            norm.weight.copy_(self.weights[family.final_norm])
+        name = family.embedding if self.anatomy.tied else family.output
+        matrix = self.weights[name].float().to(self.device)
+        yield lambda states: norm(states) @ matrix.T
+        norm.to("meta")
+        release_freed()
