@@ -27,11 +27,13 @@ from cusprun.refit import DOWN, OUTPUT, group_columns
 from cusprun.statistics import Batch, walk
 from cusprun.surgeon import choose_columns, choose_groups
 
-FFN_SHARES = (0.75, 0.5, 0.25)  # of the channels that stay
+FFN_SHARES = (0.7, 0.4)  # of the channels that stay
+DEEP_SHARES = (0.2, 0.0)  # where much is to go; 0 stands for the least that any layer may keep
 HEAD_SHARES = (0.75, 0.5, 0.25)  # of the kv heads, rounded to whole ones
+STEPS = 9  # blocks in which the channels go; the refit takes its time
 EVERY = 2  # every other position is scored: the output matrix costs as much as several layers
-DEAR = 3.0  # attention is not measured below the level where a parameter costs so many times an FFN's half
-DEEP = 0.35  # shares of all parameters above which the narrowest FFN is measured as well
+DEAR = 3.0  # attention is not measured below the level where a parameter costs so many times the FFN's narrow half
+DEEP = 0.3  # the share of all parameters above which narrow FFNs are measured as well
 RIDGE = 1e-2  # of the mean diagonal; a cut's loss depends little on it
 PROBES = "probes"
 
@@ -57,8 +59,9 @@ def _pairs(losses: dict[int, float]) -> list[list[float]]:
 
 
 def ffn_levels(widths: LayerWidths, *, deep: bool) -> list[int]:
-    """Channel counts that are measured, descending; ``deep`` adds the least that any layer may keep."""
-    levels = {max(MIN_FFN, round(share * widths.ffn)) for share in FFN_SHARES} | ({MIN_FFN} if deep else set())
+    """Channel counts that are measured, descending; ``deep`` adds narrow ones down to the least that may stay."""
+    shares = FFN_SHARES + (DEEP_SHARES if deep else ())
+    levels = {max(MIN_FFN, round(share * widths.ffn)) for share in shares}
     return sorted((level for level in levels if level < widths.ffn), reverse=True)
 
 
@@ -155,7 +158,7 @@ class _Cuts:
         states: dict[Cut, torch.Tensor] = {}
         full, moments = self._matrix(prefix + DOWN)[0].double().cpu(), self.channels.mean(0, 1)
         levels = ffn_levels(self.widths, deep=deep)
-        for width, kept in zip(levels, choose_columns(full, [moments], levels), strict=True):
+        for width, kept in zip(levels, choose_columns(full, [moments], levels, steps=STEPS), strict=True):
             columns = torch.tensor(kept)
             fitted = refitted(full, moments, columns, RIDGE).to(self.model.device)
             states["ffn", width] = self.middle + self.inner[:, columns] @ fitted.T + self.down_bias
@@ -178,7 +181,7 @@ class _Cuts:
         return self._windows(states)
 
     def worth_dropping(self, losses: Mapping[Cut, float]) -> bool:
-        """Whether a parameter of the narrowest attention measured is not far dearer than one of the FFN at its half."""
+        """Whether a parameter of the narrowest attention measured is not far dearer than one of the FFN half way down."""
         heads = {width: loss for (kind, width), loss in losses.items() if kind == "heads"}
         ffn = {width: loss for (kind, width), loss in losses.items() if kind == "ffn"}
         if not heads or not ffn:

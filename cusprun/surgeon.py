@@ -58,15 +58,16 @@ def choose_columns(
     moments: Sequence[torch.Tensor],
     keeps: Sequence[int],
     agreement: Agreement = "intersection",
+    steps: int = STEPS,
 ) -> list[list[int]]:
     """Columns that stay, ascending, for each number of ``keeps``, descending.
 
-    ``matrix`` is (rows, n), each of ``moments`` (n, n), float64. The cheapest columns go first, a block at a time, so
-    what stays at a smaller number stays at a larger one too.
+    ``matrix`` is (rows, n), each of ``moments`` (n, n), float64. The cheapest columns go first, in about ``steps``
+    blocks, so what stays at a smaller number stays at a larger one too.
     """
     left = torch.arange(matrix.shape[1])
     judges = [_Judge(matrix, each) for each in moments]
-    size = max(1, -(-(len(left) - min(keeps)) // STEPS))
+    size = max(1, -(-(len(left) - min(keeps)) // steps))
     found = []
     for keep in keeps:
         while len(left) > keep:

@@ -98,9 +98,9 @@ def _layer_options(
     head_loss = _losses(full.kv_heads, sensitivity.kv_heads, heads)
     queries = full.heads // full.kv_heads if full.kv_heads else 0
     options: list[Option] = [
-        (LayerWidths(width, kv_heads * queries, kv_heads), ffn_loss[width] + head_loss[kv_heads])
-        for width in ffn
-        for kv_heads in heads
+        (LayerWidths(width, kv_heads * queries, kv_heads), of_ffn + of_heads)
+        for width, of_ffn in ffn_loss.items()
+        for kv_heads, of_heads in head_loss.items()
     ]
     if sensitivity.dropped is not None and least == 0:
         options.append((None, sensitivity.dropped))
@@ -111,7 +111,7 @@ def _losses(full: int, measured: dict[int, float], wanted: Sequence[int]) -> dic
     """Loss by width, from the measured widths; a width below the least measured is not offered."""
     levels = [0, *(full - width for width in sorted(measured, reverse=True))]
     if len(levels) == 1:
-        return dict.fromkeys(wanted, 0.0)
+        return {full: 0.0}
     values = [0.0, *(measured[full - level] for level in levels[1:])]
     inside = [width for width in wanted if full - width <= levels[-1]]
     return dict(zip(inside, map(float, interpolate(levels, values, [full - width for width in inside])), strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cusprun.gram import Gram
-from cusprun.least_squares import RIDGES, fit, least_squares, refitted
+from cusprun.least_squares import RIDGES, START, fit, refitted
 from cusprun.surgeon import choose_columns
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -38,12 +38,39 @@ KEPT = torch.tensor([0, 2, 3, 7, 9, 11])
 
 
 def test_it_equals_a_solver_on_the_data() -> None:
-    x, matrix, target = correlated(400, 12), random(5, 12), random(400, 5)
-    crossed = target.T @ x / len(x)
-    own, change = least_squares(matrix, moments_of(x), crossed, KEPT, 0.0)
-    for wanted, found in ((x @ matrix.T, own), (target, own + change)):
-        expected = torch.linalg.lstsq(x[:, KEPT], wanted).solution.T
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+    x, matrix = correlated(400, 12), random(5, 12)
+    expected = torch.linalg.lstsq(x[:, KEPT], x @ matrix.T).solution.T
+    found = refitted(matrix, moments_of(x), KEPT, 0.0)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_ridge_and_alpha_are_those_of_the_full_search() -> None:
+    """Against every ridge and many α, each fitted on one half of the data by a solver and judged on the other."""
+    x, matrix, target = correlated(256, 12), random(5, 12), random(256, 12) @ random(12, 5)
+    target = x @ matrix.T + 0.5 * target
+    windows = torch.arange(256) // 64 % 2
+    best: tuple[float, torch.Tensor] | None = None
+    for ridge in RIDGES:
+        for alpha in torch.linspace(0, 1, 41):
+            total = 0.0
+            for half in (0, 1):
+                fitted = ridged(matrix, x[windows == half], target[windows == half], ridge, float(alpha))
+                total += error(target[windows != half], x[windows != half], KEPT, fitted)
+            if best is None or total < best[0]:
+                best = total, ridged(matrix, x, target, ridge, float(alpha))
+    assert best is not None
+    found = fit(matrix, gram_of(x, target), KEPT)
+    torch.testing.assert_close(found.double(), best[1], rtol=0.02, atol=0.02 * float(best[1].abs().max()))
+    assert 0 < START < len(RIDGES) - 1
+
+
+def ridged(matrix: torch.Tensor, x: torch.Tensor, target: torch.Tensor, ridge: float, alpha: float) -> torch.Tensor:
+    """The penalized fit by stacking the penalty under the data."""
+    inputs = x[:, KEPT]
+    scale = (ridge * inputs.square().mean() * len(x)).sqrt()
+    wanted = (1 - alpha) * x @ matrix.T + alpha * target
+    rows = torch.cat([inputs, scale * torch.eye(len(KEPT), dtype=x.dtype)])
+    return torch.linalg.lstsq(rows, torch.cat([wanted, scale * matrix[:, KEPT].T])).solution.T
 
 
 def test_a_large_ridge_leaves_the_columns_as_they_were() -> None:

@@ -21,8 +21,8 @@ PROBES = IDS[12:]
 
 
 def test_levels() -> None:
-    assert ffn_levels(LayerWidths(1536, 9, 3), deep=False) == [1152, 768, 384]
-    assert ffn_levels(LayerWidths(1536, 9, 3), deep=True) == [1152, 768, 384, 32]
+    assert ffn_levels(LayerWidths(1536, 9, 3), deep=False) == [1075, 614]
+    assert ffn_levels(LayerWidths(1536, 9, 3), deep=True) == [1075, 614, 307, 32]
     assert ffn_levels(LayerWidths(32, 4, 2), deep=True) == []
     assert head_levels(LayerWidths(1536, 9, 3)) == [2, 1]
     assert head_levels(LayerWidths(5632, 32, 8)) == [6, 4, 2]

@@ -105,6 +105,16 @@ def test_what_is_too_much_is_refused(anatomy: Anatomy) -> None:
         solve_widths(anatomy, sensitivities(anatomy, [1.0, 1.0, 1.0]), 0.99 * anatomy.parameters, align=8)
 
 
+def test_widths_below_the_narrowest_measured_are_not_offered(anatomy: Anatomy) -> None:
+    half = anatomy.layers[0].ffn // 2
+    layers = [LayerSensitivity({half: 0.0}, {}, None) for _ in anatomy.layers]
+    everything = 3 * half * anatomy.ffn_unit_parameters()
+    found = solve_widths(anatomy, layers, everything, align=8)
+    assert [layer.ffn for layer in found.layers if layer is not None] == [half] * 3
+    with pytest.raises(InvalidRequest, match="no choice of widths"):
+        solve_widths(anatomy, layers, 1.5 * everything, align=8)
+
+
 def test_json_round_trip(anatomy: Anatomy) -> None:
     for layer in sensitivities(anatomy, [1.0, 0.2, 0.3]):
         assert LayerSensitivity.from_json(layer.to_json()) == layer
