@@ -16,31 +16,13 @@ import torch
 
 from cusprun.anatomy import Anatomy, LayerWidths
 from cusprun.anatomy.structure import MIN_FFN, MIN_KV_HEADS
-from cusprun.checkpoint import Weights
 from cusprun.errors import InvalidRequest
-from cusprun.importance import LayerMatrices, find_criterion
-from cusprun.importance.combine import Combine, LayerScores, UnitScores, combine_layer
+from cusprun.importance.combine import LayerScores, UnitScores
 from cusprun.plan import LayerPlan, Plan, make_plan
-from cusprun.statistics import Statistics
 
 Layout = Literal["uniform", "per-layer"]
 
 EVEN_SHARE = 0.8  # of an even cut's width stays in every layer; chosen on calibration text, see docs/decisions/003
-
-
-def score_layers(
-    weights: Weights, anatomy: Anatomy, statistics: Statistics, method: str, combine: Combine
-) -> list[LayerScores]:
-    """Scores of every layer by ``method``, combined over the dimensions; one layer's weights are read at a time."""
-    criterion = find_criterion(method)
-    scores = []
-    for index, seen in enumerate(statistics):
-        prefix = anatomy.prefix(index)
-        matrices = LayerMatrices(
-            down=weights[f"{prefix}mlp.down_proj.weight"], output=weights[f"{prefix}self_attn.o_proj.weight"]
-        )
-        scores.append(combine_layer(seen, matrices, criterion, combine, {}))
-    return scores
 
 
 def default_align(anatomy: Anatomy, quants: Sequence[str]) -> int:

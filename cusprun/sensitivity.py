@@ -181,7 +181,7 @@ class _Cuts:
         return self._windows(states)
 
     def worth_dropping(self, losses: Mapping[Cut, float]) -> bool:
-        """Whether a parameter of the narrowest attention measured is not far dearer than one of the FFN half way down."""
+        """Whether a parameter of the narrowest attention measured is not far dearer than one of a half-cut FFN."""
         heads = {width: loss for (kind, width), loss in losses.items() if kind == "heads"}
         ffn = {width: loss for (kind, width), loss in losses.items() if kind == "ffn"}
         if not heads or not ffn:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cusprun.allocation import Layout, plan_ratio, score_layers
+from cusprun.allocation import Layout, plan_ratio
 from cusprun.anatomy import describe
 from cusprun.checkpoint import Weights, load_model
 from cusprun.compact import compact, unit_indices
+from cusprun.methods import score_layers
 from cusprun.plan import Plan
 from cusprun.statistics import collect
 from tests import pico

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from cusprun.allocation import plan_ratio, score_layers
+from cusprun.allocation import plan_ratio
 from cusprun.anatomy import describe
 from cusprun.checkpoint import Weights, load_model
 from cusprun.compact import compact, unit_indices
+from cusprun.methods import score_layers
 from cusprun.moments import LayerStatistics, Moments, UnitMoments
 from cusprun.statistics import load_statistics, save_statistics, stream, walk
 from tests import pico

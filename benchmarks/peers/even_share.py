@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from cusprun.allocation import plan_ratio, score_layers
+from cusprun.allocation import plan_ratio
 from cusprun.checkpoint import Weights, load_model, load_tokenizer
 from cusprun.compact import compact
 from cusprun.corpora.catalog import make_scenario
 from cusprun.corpora.selection import Selection, read_windows
 from cusprun.dense import find_dense
 from cusprun.files import write_json, written_whole
+from cusprun.methods import score_layers
 from cusprun.progress import say
 from cusprun.recipe import DEFAULT_MODEL
 from cusprun.statistics import collect
