@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from cusprun.benchmarks.environment import environment
-from cusprun.benchmarks.peers.cost_page import MEASURES, draw, page, write_csv
+from cusprun.benchmarks.peers.cost_page import MEASURES, draw, oracle_cell, page, write_csv
 from cusprun.checkpoint import Weights, load_model, load_tokenizer
 from cusprun.corpora.catalog import make_scenario
 from cusprun.corpora.selection import Selection, read_windows
@@ -107,18 +107,19 @@ def oracle(dense: Dense, model: Any, windows: np.ndarray, layer: int, count: int
 def measure(
     out: Path, tokens: int, rounds: int, layers: Sequence[int], oracle_tokens: int, units: int, threads: int
 ) -> dict[str, Any]:
-    """Every cell; continues what ``out``.json holds of the same settings."""
+    """Every cell; continues what ``out``.json holds of the same model, text and threads."""
     import torch
 
     torch.set_num_threads(threads)
     path = out.with_suffix(".json")
-    settings = {
-        "model": DEFAULT_MODEL, "scenario": "en-legal-qa", "tokens": tokens, "window": WINDOW, "rounds": rounds,
-        "layers": list(layers), "oracle_tokens": oracle_tokens, "units": units, "threads": threads,
-    }  # fmt: skip
-    found: dict[str, Any] = {"settings": settings, "environment": environment(), "cells": {}}
-    if path.is_file() and (saved := json.loads(path.read_text(encoding="utf-8")))["settings"] == settings:
-        found = saved
+    same = {"model": DEFAULT_MODEL, "scenario": "en-legal-qa", "tokens": tokens, "window": WINDOW, "threads": threads}
+    settings = {**same, "rounds": rounds, "layers": list(layers), "oracle_tokens": oracle_tokens, "units": units}
+    found: dict[str, Any] = {"environment": environment(), "cells": {}}
+    if path.is_file():
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if same.items() <= saved["settings"].items():
+            found = saved
+    found["settings"] = settings
     cells = found["cells"]
 
     def keep(name: str, work: Callable[[], Any]) -> None:
@@ -140,7 +141,7 @@ def measure(
     for number in range(rounds):
         for name, work in passes.items():
             keep(f"{name}, round {number}", lambda work=work: timed(work))  # type: ignore[misc]
-    names = {layer: f"oracle, layer {layer}" for layer in layers}
+    names = {layer: oracle_cell(settings, layer) for layer in layers}
     if not all(name in cells for name in names.values()):
         scores = importance(dense, probes)
         for layer, name in names.items():
@@ -180,7 +181,7 @@ def summarize(found: dict[str, Any], all_units: int) -> dict[str, Any]:
         name: [cost / base for cost, base in zip(seconds(name), plain, strict=True)]
         for name in ("importance", "refit statistics")
     }
-    oracles = [cells[f"oracle, layer {layer}"] for layer in settings["layers"]]
+    oracles = [cells[oracle_cell(settings, layer)] for layer in settings["layers"]]
     factors = {
         kind: mean(cell["seconds"][kind] / len(cell["units"]) for cell in oracles)
         * all_units * settings["tokens"] / settings["oracle_tokens"] / median(seconds("importance"))

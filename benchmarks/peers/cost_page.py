@@ -12,13 +12,18 @@ MEASURES = ("block_change", "layer_change", "loss_change")
 PROMISES = {"importance": 1.3, "refit statistics": 2.5}  # times one plain forward pass
 
 
+def oracle_cell(settings: dict[str, Any], layer: int) -> str:
+    """The name of the cell that holds one layer's sampled units."""
+    return f"oracle, layer {layer}, {settings['units']} units, {settings['oracle_tokens']} tokens"
+
+
 def write_csv(path: Path, found: dict[str, Any]) -> None:
     """One row a unit."""
     with written_whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["layer", "kind", "index", "closed_form", *MEASURES])
         for layer in found["settings"]["layers"]:
-            for unit in found["cells"][f"oracle, layer {layer}"]["units"]:
+            for unit in found["cells"][oracle_cell(found["settings"], layer)]["units"]:
                 rows.writerow([layer, *(unit[key] for key in ("kind", "index", "closed_form", *MEASURES))])
 
 
@@ -36,7 +41,11 @@ def draw(path: Path, found: dict[str, Any]) -> None:
     ):  # fmt: skip
         for number, layer in enumerate(found["settings"]["layers"]):
             for kind, marker in (("ffn", "o"), ("attention", "s")):
-                units = [unit for unit in found["cells"][f"oracle, layer {layer}"]["units"] if unit["kind"] == kind]
+                units = [
+                    unit
+                    for unit in found["cells"][oracle_cell(found["settings"], layer)]["units"]
+                    if unit["kind"] == kind
+                ]
                 axis.scatter(
                     [unit["closed_form"] for unit in units], [unit[measure] for unit in units],
                     marker=marker, color=f"C{number}", s=18, label=f"layer {layer}" if kind == "ffn" else None,
@@ -70,7 +79,8 @@ def page(found: dict[str, Any], name: str) -> str:
     lines = [
         "# What importance costs, and how it ranks beside the oracle",
         "",
-        "`python -m cusprun.benchmarks.peers.cost`",
+        f"`python -m cusprun.benchmarks.peers.cost --rounds {settings['rounds']} "
+        f"--oracle-tokens {settings['oracle_tokens']} --units {settings['units']}`",
         "",
         f"SmolLM2-135M-Instruct, {settings['tokens']} calibration tokens of {settings['scenario']} in windows of "
         f"{settings['window']}, {settings['threads']} thread of {found['environment']['cpu']}, CPU seconds, "
