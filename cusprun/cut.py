@@ -13,7 +13,7 @@ from cusprun.allocation import plan_epsilon
 from cusprun.anatomy import Anatomy, LayerWidths, describe
 from cusprun.checkpoint import Weights, load_tokenizer
 from cusprun.compact import compact
-from cusprun.corpora.selection import Selection, read_windows
+from cusprun.corpora.selection import GENERAL, Selection, read_windows
 from cusprun.dense import Dense
 from cusprun.errors import InvalidRequest
 from cusprun.files import copy_folder
@@ -26,6 +26,7 @@ from cusprun.stages import Stages
 from cusprun.statistics import load_statistics, save_statistics, stream
 
 WIDTHS_STRIDE = 4  # with refit, every fourth window gives the widths
+GENERAL_IN_PRICE = 1 / 3
 ROWS_STEP = 1024  # rows between the sizes of the vocabulary that the program may choose
 AUTO_NATS = 0.01  # a token, that `--vocab auto` may add where no losses are measured to compare with
 PROBES, PROBE_TOKENS = 6, 128  # windows that a cut's loss is measured on, and their tokens
@@ -38,6 +39,18 @@ def probe_windows(windows: Mapping[str, np.ndarray]) -> np.ndarray:
     """PROBES short windows, (PROBES, PROBE_TOKENS), in turn from every dimension: the starts of its second ones."""
     turns = [ids[1 + turn, :PROBE_TOKENS] for turn in range(PROBES) for ids in windows.values() if len(ids) > 1 + turn]
     return np.stack(turns[:PROBES])
+
+
+def price_weights(shares: Mapping[str, int]) -> dict[str, float]:
+    """Weights of the dimensions in a token's price: as in the text, but general text counts GENERAL_IN_PRICE at least.
+
+    A word without its token is lost to every text that has it, and new text has more rare words than what was counted.
+    """
+    rest = sum(share for name, share in shares.items() if name != GENERAL)
+    general = shares.get(GENERAL, 0) / sum(shares.values())
+    if general and rest:
+        general = max(general, GENERAL_IN_PRICE)
+    return {name: general if name == GENERAL else (1 - general) * share / rest for name, share in shares.items()}
 
 
 @dataclass(frozen=True)
@@ -111,9 +124,7 @@ class Cut:
 
             tokenizer = load_tokenizer(self.dense.folder)
             texts = self.selection.documents(tokenizer)
-            shares = self.selection.shares(list(texts))
-            total = sum(shares.values())
-            weights = {name: share / total for name, share in shares.items()}
+            weights = price_weights(self.selection.shares(list(texts)))
             found = price_vocabulary(
                 self.dense.folder, texts, weights, seed=self.recipe.seed, device=self.recipe.device
             )

@@ -268,7 +268,7 @@ SCENARIOS = [
     refused(f"build --model {{made}}/good --domain cooking {QUICK} --json", "'cooking'", "legal, medical", "--corpus"),
     refused(f"build --model {{made}}/good --task poetry {QUICK}", "task 'poetry'", "qa, summarization", "--corpus"),
     refused(f"{BUILD} --include no-such-text", "no such corpus: no-such-text", "There are:"),
-    refused(f"{BUILD} --weight music=2", "--weight music: no such dimension", "general"),
+    refused(f"{BUILD} --weight music=2", "--weight music: no such dimension", "dimensions here: language"),
     refused(f"{BUILD} --vocab 100000", "--vocab 100000", "the model has"),
     refused(f"{BUILD} --method slicegpt", "--method slicegpt", "cusprun-edge prune"),
     refused(f"{BUILD} --method cus-prun --ratio 0.9", "--ratio 0.9", "embeddings", "write a ratio below"),
