@@ -30,8 +30,8 @@ from cusprun.surgeon import choose_columns, choose_groups
 FFN_SHARES = (0.7, 0.4)  # of the channels that stay
 DEEP_SHARES = (0.2, 0.0)  # where much is to go; 0 stands for the least that any layer may keep
 HEAD_SHARES = (0.75, 0.5, 0.25)  # of the kv heads, rounded to whole ones
-STEPS = 9  # blocks in which the channels go; the refit takes its time
-EVERY = 2  # every other position is scored: the output matrix costs as much as several layers
+STEPS = 6  # blocks in which the channels go; the refit takes its time
+EVERY = 4  # one position in so many is scored: the output matrix costs as much as several layers
 DEAR = 3.0  # attention is not measured below the level where a parameter costs so many times the FFN's narrow half
 DEEP = 0.3  # the share of all parameters above which narrow FFNs are measured as well
 RIDGE = 1e-2  # of the mean diagonal; a cut's loss depends little on it
