@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from cusprun import __version__
 from cusprun.benchmarks.environment import environment
-from cusprun.benchmarks.quality import QualityPair
 from cusprun.benchmarks.speed import BenchRow, ratios
+from cusprun.benchmarks.tally import REMARK, QualityPair
 from cusprun.benchmarks.tasks import McResult, paired
 from cusprun.errors import InvalidRequest
 from cusprun.files import write_json, written_whole
@@ -33,6 +33,7 @@ UNITS = {
     "perplexity": "1 (per token)",
     "perplexity_stderr": "1 (per token)",
     "bits_per_byte": "bits/byte",
+    "bits_per_byte_increase": "share",
     "kld_mean": "nats/token",
     "top1_agreement": "share",
     "accuracy": "share",
@@ -67,6 +68,7 @@ def build_report(
 ) -> dict[str, Any]:
     """The whole report as JSON.
 
+    ``before`` and ``after`` hold one entry for each layer of the dense model, zeros where one or its attention went.
     ``speed`` holds the expert's row and then the dense one; ``quality`` one pair (expert, dense) per corpus; ``tasks``
     (expert, dense) per question set. ``corpora``: entry, dimension, side (calibration or held-out), documents, tokens,
     licence, attribution, source. ``stages``: seconds by name. ``method``, ``scenario`` and ``proofs`` (one per GGUF:
@@ -74,7 +76,7 @@ def build_report(
     """
     if len(speed) != 2 or len(before) != len(after):
         raise InvalidRequest(
-            f"a report holds the expert's row and the dense one, and widths of the same layers; "
+            f"a report holds the expert's row and the dense one, and for each dense layer the widths before and after; "
             f"got {len(speed)} rows, {len(before)} layers before and {len(after)} after"
         )
     report = {
@@ -118,22 +120,27 @@ def speed_section(expert: BenchRow, dense: BenchRow) -> dict[str, Any]:
 
 
 def quality_section(quality: Mapping[str, QualityPair], score: str) -> dict[str, Any]:
-    """Per corpus: expert, dense, and the ratios of perplexity and bits per byte."""
+    """Per corpus: expert, dense, the increase of bits per byte over dense, and the ratios of the figures.
+
+    Where the vocabularies differ, perplexities have no ratio, and "how" says why.
+    """
     corpora = {}
     for name, pair in quality.items():
         entry: dict[str, Any] = {"expert": asdict(pair.artifact)}
         if pair.against is not None:
             entry["dense"] = asdict(pair.against)
-            entry["ratios"] = {
-                key: getattr(pair.artifact, key) / getattr(pair.against, key) for key in ("perplexity", "bits_per_byte")
-            }
+            entry["bits_per_byte_increase"] = pair.increase
+            entry["ratios"] = pair.ratios
+            entry["same_vocabulary"] = pair.same_vocabulary
         corpora[name] = entry
     contexts = sorted({pair.artifact.context for pair in quality.values()})
+    same = all(pair.same_vocabulary for pair in quality.values())
     return {
         "how": (
             f"windows of {', '.join(map(str, contexts))} tokens that do not overlap, "
             + ("second half scored, as llama-perplexity does" if score == "second-half" else "every token scored")
             + "; held-out text; perplexity_stderr is perplexity x standard error of the mean loss; KL(dense || expert)"
+            + ("" if same else f"; {REMARK}; windows are cut in dense's tokens")
         ),
         "score": score,
         "corpora": corpora,

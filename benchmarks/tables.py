@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from cusprun.benchmarks.tally import REMARK, percent
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -65,8 +67,8 @@ def bench_table(rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, Any] | N
 
 
 def quality_table(corpora: Mapping[str, Mapping[str, Any]]) -> Grid:
-    """``corpora``: name -> {"expert": Quality, "dense": Quality} as in report.json; dense may be missing."""
-    headers = ("text", "", "perplexity", "bits/byte", "KL nats", "same top-1", "tokens")
+    """``corpora``: name -> {"expert": Quality, "dense": Quality, ...} as in report.json; dense may be missing."""
+    headers = ("text", "", "bits/\nbyte", "over\ndense", "perplexity", "KL\nnats", "same\ntop-1", "tokens")
     lines: list[tuple[str, ...]] = []
     for name, entry in corpora.items():
         shown = {who: entry[who] for who in ("dense", "expert") if who in entry}
@@ -75,8 +77,9 @@ def quality_table(corpora: Mapping[str, Mapping[str, Any]]) -> Grid:
                 (
                     "" if index else name,
                     who if len(shown) > 1 else "",
-                    f"{quality['perplexity']:.2f} ± {quality['perplexity_stderr']:.2f}",
                     f"{quality['bits_per_byte']:.4f}",
+                    percent(entry["bits_per_byte_increase"]) if who == "expert" and "dense" in entry else "",
+                    f"{quality['perplexity']:.2f} ± {quality['perplexity_stderr']:.2f}",
                     "" if quality["kld_mean"] is None else f"{quality['kld_mean']:.4f}",
                     "" if quality["top1_agreement"] is None else f"{quality['top1_agreement']:.1%}",
                     str(quality["tokens"]),
@@ -84,9 +87,14 @@ def quality_table(corpora: Mapping[str, Mapping[str, Any]]) -> Grid:
             )
         if "ratios" in entry:
             ratios = entry["ratios"]
-            lines.append(("", "ratio", _times(ratios["perplexity"]), _times(ratios["bits_per_byte"]), "", "", ""))
+            comparable = ratios["perplexity"] is not None
+            shown_ratio = _times(ratios["perplexity"]) if comparable else "not comparable"
+            tokens = "" if comparable else _times(ratios["tokens"])
+            lines.append(("", "ratio", _times(ratios["bits_per_byte"]), "", shown_ratio, "", "", tokens))
     context = next((entry["expert"]["context"] for entry in corpora.values()), 0)
-    note = f"windows of {context} tokens; perplexity ± standard error; KL and top-1 against dense"
+    note = f"windows of {context} tokens; perplexity ± standard error, per token"
+    if any(entry.get("dense") for entry in corpora.values()):
+        note += "; KL and top-1 against dense" if not _different(corpora) else f"; {REMARK}"
     return Grid("Quality on held-out text", headers, tuple(lines), note)
 
 
@@ -115,9 +123,15 @@ def tasks_table(sets: Mapping[str, Mapping[str, Any]]) -> Grid:
 def report_tables(report: Mapping[str, Any]) -> list[Grid]:
     """The tables of a whole report; a section that was not measured has none."""
     speed = report["speed"]
-    grids = [bench_table([speed["expert"], speed["dense"]], speed["ratios"])]
-    if report["quality"]["corpora"]:
-        grids.append(quality_table(report["quality"]["corpora"]))
+    corpora = report["quality"]["corpora"]
+    first = bench_table([speed["expert"], speed["dense"]], speed["ratios"])
+    for name in _different(corpora)[:1]:
+        more = corpora[name]["ratios"]["tokens"]
+        first = replace(first, note=f"{first.note}; each counts its own tokens: {name} takes the expert {more:.3f}× "
+                        "as many as dense")  # fmt: skip
+    grids = [first]
+    if corpora:
+        grids.append(quality_table(corpora))
     if report["tasks"]["sets"]:
         grids.append(tasks_table(report["tasks"]["sets"]))
     return grids
@@ -194,6 +208,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         f"Measured {report['measured_at']} on {machine['cpu']} ({machine['physical_cores']} cores), "
         f"{machine['threads']} threads, {machine['system']}; {versions}.",
         "",
+        *_headline(report["quality"]["corpora"]),
         *map(as_markdown, report_tables(report)),
         "How speed was measured: " + report["speed"]["how"] + ".",
         "",
@@ -211,13 +226,32 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         if rows:
             headers = tuple(dict.fromkeys(key for row in rows for key in row))
             cells = tuple(tuple(_cell(row.get(header)) for header in headers) for row in rows)
-            parts.append(as_markdown(Grid(title, headers, cells)))
+            parts.append(as_markdown(Grid(title, headers, cells, _gone(report["layers"]) if title == "Widths" else "")))
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _headline(corpora: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What the expert's text costs more than dense's, in bits per byte, as one sentence."""
+    found = [f"{name} {percent(e['bits_per_byte_increase'])}" for name, e in corpora.items() if "dense" in e]
+    return [f"Bits per byte of held-out text, expert over dense: **{', '.join(found)}**.", ""] if found else []
+
+
+def _different(corpora: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Texts that expert and dense read in different vocabularies."""
+    return [name for name, entry in corpora.items() if not entry.get("same_vocabulary", True)]
 
 
 def _name(row: Mapping[str, Any]) -> str:
     name = str(row["artifact"]).rstrip("/").rsplit("/", 1)[-1]
     return name if len(name) <= 20 else f"{name[:9]}…{name[-10:]}"
+
+
+def _gone(layers: Sequence[Mapping[str, Any]]) -> str:
+    """Says which layers went whole or lost their attention."""
+    whole = [str(layer["layer"]) for layer in layers if layer["ffn"]["after"] == layer["heads"]["after"] == 0]
+    silent = [str(layer["layer"]) for layer in layers if layer["ffn"]["after"] > 0 == layer["heads"]["after"]]
+    found = [f"layers gone: {', '.join(whole)}"] * bool(whole)
+    return "; ".join([*found, *[f"layers without attention: {', '.join(silent)}"] * bool(silent)])
 
 
 def _widths(layer: Mapping[str, Any]) -> dict[str, Any]:

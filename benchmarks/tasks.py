@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cusprun.benchmarks.quality import losses
+from cusprun.benchmarks.losses import losses
 from cusprun.errors import InvalidRequest
 from cusprun.progress import track
 from cusprun.runtimes import Message, Runtime, open_runtime
@@ -72,8 +72,11 @@ def multiple_choice(
     """Accuracy of a model folder or .gguf file; with ``limit`` on so many questions, spread evenly over those given.
 
     The prompt goes through the chat template as the user's turn, and the choices are scored as the assistant's; a model
-    without a template sees the prompt, a blank and the choice. Raises InvalidRequest for a question without two choices
-    or one that is longer than the model's context, Failed where the artifact does not run.
+    without a template sees the prompt, a blank and the choice. Each artifact reads the same texts in its own tokens, so
+    that accuracies compare whatever the vocabularies are. The artifact is opened for ``context`` tokens, for more where
+    a question takes more of its own.
+    Raises InvalidRequest for a question without two choices or one that is longer than the model's context, Failed
+    where the artifact does not run.
     """
     questions = spread(questions, limit)
     check_questions(questions)
@@ -166,10 +169,14 @@ def _score_all(
 ) -> list[list[float]]:
     """The work of :func:`multiple_choice`, in whichever process; JSON in, JSON out."""
     runtime = open_runtime(Path(artifact), context=context, threads=threads, device=device)
-    pairs = list(zip(prompts, choices, strict=True))
+    asked = [tokenized(runtime, prompt, options) for prompt, options in zip(prompts, choices, strict=True)]
+    longest = max(len(tokens) - 1 for options in asked for tokens, _ in options)
+    if longest > runtime.n_context:
+        runtime.close()
+        runtime = open_runtime(Path(artifact), context=longest, threads=threads, device=device)
     found = [
-        [likelihood(runtime, *tokens) for tokens in tokenized(runtime, prompt, options)]
-        for prompt, options in track(pairs, f"questions: {runtime.path.name}", total=len(pairs))
+        [likelihood(runtime, *option) for option in options]
+        for options in track(asked, f"questions: {runtime.path.name}", total=len(asked))
     ]
     runtime.close()
     return found

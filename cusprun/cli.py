@@ -181,34 +181,32 @@ def evaluate(
     device: Device = "cpu",
     json_: Json = False,
 ) -> None:
-    """Perplexity and bits per byte of an artifact as it ships; with --against also the divergence from that one.
+    """Perplexity and bits per byte of an artifact as it ships; with --against also what it costs over that one.
+
+    Artifacts with different vocabularies are scored over the same bytes: compare their bits per byte.
 
     Example: cusprun-edge eval expert --text contracts.txt --against dense.gguf --json
     """
-    from dataclasses import asdict
-
-    from cusprun.benchmarks.quality import evaluate as measure
+    from cusprun.benchmarks.quality import evaluate_corpora
     from cusprun.corpora.document import Scenario
     from cusprun.corpora.own import read_own
 
     texts = [document.text for document in read_own(text, "text", Scenario())]  # says what cannot be read
     if _plain(text):
         texts = [text.read_text(encoding="utf-8")]
-    found = measure(
+    found = evaluate_corpora(
         _artifact(artifact),
-        texts,
+        {"text": texts},
         against=_artifact(against) if against else None,
         context=context,
         score=score.value,
         threads=threads,
         device=_device(device),
-    )
+    )["text"]
     if json_:
-        print_json(asdict(found))
+        print_json(found.as_json())
     else:
-        for key, value in asdict(found).items():
-            if value is not None:
-                typer.echo(f"{key:<18} {value:.4f}" if isinstance(value, float) else f"{key:<18} {value}")
+        typer.echo("\n".join(found.as_lines()))
 
 
 @app.command()

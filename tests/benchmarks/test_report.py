@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from cusprun.anatomy import LayerWidths
-from cusprun.benchmarks.quality import Quality, QualityPair
 from cusprun.benchmarks.report import UNITS, build_report, figures, write_report
 from cusprun.benchmarks.tables import as_text, bench_table, quality_table, render_markdown, render_table
+from cusprun.benchmarks.tally import REMARK, Quality, QualityPair, percent
 from cusprun.benchmarks.tasks import score
 from cusprun.errors import InvalidRequest
 from tests.benchmarks.test_speed import row
@@ -19,7 +19,8 @@ from tests.benchmarks.test_tasks import Item
 
 
 def quality(perplexity: float, compared: bool) -> Quality:
-    return Quality(perplexity, 0.41, 0.9, 25_500, 0.123 if compared else None, 0.81 if compared else None, 512)
+    bits = 0.92 if compared else 0.9
+    return Quality(perplexity, 0.41, bits, 25_500, 0.123 if compared else None, 0.81 if compared else None, 512)
 
 
 @pytest.fixture
@@ -52,7 +53,11 @@ def test_report_holds_everything(parts: dict[str, Any], tmp_path: Path) -> None:
         "kv_heads": {"before": 3, "after": 2},
     }
     assert report["speed"]["ratios"]["file_bytes"]["exact"] == pytest.approx(0.739, abs=1e-3)
-    assert report["quality"]["corpora"]["general"]["ratios"]["perplexity"] == pytest.approx(1.205)
+    general = report["quality"]["corpora"]["general"]
+    assert general["ratios"]["perplexity"] == pytest.approx(1.205)
+    assert general["bits_per_byte_increase"] == pytest.approx(0.92 / 0.9 - 1)
+    assert general["same_vocabulary"] is True
+    assert "vocabularies" not in report["quality"]["how"]
     assert report["tasks"]["sets"]["en legal"]["paired"]["only_second"] == 2
     environment = report["environment"]
     assert environment["cpu"]
@@ -73,7 +78,8 @@ def test_figures_for_expert_json(parts: dict[str, Any]) -> None:
 def test_table_fits_and_shows_every_figure(parts: dict[str, Any]) -> None:
     text = render_table(build_report(**parts))
     assert max(map(len, text.splitlines())) <= 88
-    for shown in ("dense", "expert", "ratio", "138.1", "0.739×", "1.205×", "24.10 ± 0.41", "81.0%", "66.7%", "50.0%"):
+    for shown in ("dense", "expert", "ratio", "138.1", "0.739×", "1.205×", "24.10 ± 0.41", "81.0%", "66.7%", "50.0%",
+                  "+2.2 %"):  # fmt: skip
         assert shown in text, shown
     assert "…" not in text
 
@@ -96,6 +102,10 @@ def test_quality_without_dense() -> None:
     assert "24.10 ± 0.41" in text
 
 
+def test_percent() -> None:
+    assert [percent(x) for x in (0.0213, 0.0051, -0.2, 0.00996)] == ["+2.1 %", "+0.51 %", "-20.0 %", "+1.0 %"]
+
+
 def test_markdown(parts: dict[str, Any]) -> None:
     text = render_markdown(build_report(**parts))
     for heading in ("Speed and size", "Quality on held-out text", "Answers", "Widths", "Text", "Stages"):
@@ -104,6 +114,46 @@ def test_markdown(parts: dict[str, Any]) -> None:
     tables = [block for block in text.split("\n\n") if block.startswith("|")]
     for table in tables:
         assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_different_vocabularies_are_never_compared_by_perplexity(parts: dict[str, Any]) -> None:
+    trimmed = Quality(17.5, 0.3, 0.9054, 27_030, None, None, 512)
+    pair = QualityPair(trimmed, quality(20.0, False), same_vocabulary=False)
+    report = build_report(**{**parts, "quality": {"scenario": pair}})
+    entry = report["quality"]["corpora"]["scenario"]
+    assert entry["ratios"] == {"perplexity": None, "bits_per_byte": pytest.approx(1.006), "tokens": pytest.approx(1.06)}
+    assert entry["same_vocabulary"] is False
+    assert REMARK in report["quality"]["how"]
+    assert figures(report)["quality"]["scenario"]["bits_per_byte_increase"] == pytest.approx(0.006)
+    text = render_table(report)
+    assert max(map(len, text.splitlines())) <= 100
+    assert "…" not in text
+    assert "not comparable" in text
+    assert "+0.60 %" in text
+    assert REMARK in " ".join(text.split())
+    assert "KL and top-1" not in text
+    assert "takes the expert 1.060× as many" in " ".join(text.split())
+    assert "0.875×" not in text  # 17.5 / 20
+    markdown = render_markdown(report)
+    assert "expert over dense: **scenario +0.60 %**" in markdown
+    assert REMARK in markdown
+    lines = pair.as_lines()
+    assert lines[-1] == REMARK
+    assert any(line.endswith("+0.60 % bits per byte") for line in lines)
+
+
+def test_layers_that_went_and_layers_without_attention(parts: dict[str, Any]) -> None:
+    """As Plan.widths gives them: one entry per dense layer."""
+    before = [LayerWidths(1536, 9, 3)] * 4
+    after = [LayerWidths(1024, 9, 3), LayerWidths(0, 0, 0), LayerWidths(768, 0, 0), LayerWidths(0, 0, 0)]
+    report = build_report(**{**parts, "before": before, "after": after})
+    assert [layer["ffn"]["after"] for layer in report["layers"]] == [1024, 0, 768, 0]
+    text = render_markdown(report)
+    assert "| 1 | 1536 → 0 | 9 → 0 | 3 → 0 |" in text
+    assert "layers gone: 1, 3; layers without attention: 2" in text
+    assert "layers gone" not in render_markdown(build_report(**parts))
+    with pytest.raises(InvalidRequest, match="for each dense layer"):
+        build_report(**{**parts, "before": before, "after": after[:2]})
 
 
 def test_what_is_no_report_is_said(parts: dict[str, Any]) -> None:

@@ -1,0 +1,120 @@
+"""The figures of one artifact on one text, the sums that they come from, and how two artifacts' figures compare."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from cusprun.errors import Failed, InvalidRequest
+
+REMARK = (
+    "the vocabularies differ: both are scored on the same bytes after the same bytes, each in tokens of its own; "
+    "bits per byte compare them, perplexities per token do not"
+)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What `eval --json` prints.
+
+    ``kld_mean`` (nats) and ``top1_agreement`` (share) only against another artifact of the same vocabulary.
+    """
+
+    perplexity: float
+    perplexity_stderr: float  # perplexity x standard error of the mean negative log-likelihood
+    bits_per_byte: float  # of the scored tokens, over the UTF-8 bytes they stand for
+    tokens: int  # scored
+    kld_mean: float | None  # mean of KL(against || artifact) over the scored positions
+    top1_agreement: float | None
+    context: int  # tokens of a window; where the vocabularies differ, those of the artifact it is held against
+
+
+@dataclass(frozen=True)
+class QualityPair:
+    """One corpus measured on an artifact and, where one was given, on the artifact it is held against."""
+
+    artifact: Quality
+    against: Quality | None
+    same_vocabulary: bool = True  # False: each scored in tokens of its own, over the same bytes
+
+    @property
+    def ratios(self) -> dict[str, float | None]:
+        """The artifact's figures over the other's; of perplexity None where a token is not the same in both."""
+        if self.against is None:
+            return {}
+        one, other = self.artifact, self.against
+        return {
+            "perplexity": one.perplexity / other.perplexity if self.same_vocabulary else None,
+            "bits_per_byte": one.bits_per_byte / other.bits_per_byte,
+            "tokens": one.tokens / other.tokens,
+        }
+
+    @property
+    def increase(self) -> float | None:
+        """Of bits per byte over the other artifact's, as a share: 0.02 is 2 % more."""
+        return None if self.against is None else self.artifact.bits_per_byte / self.against.bits_per_byte - 1
+
+    def as_json(self) -> dict[str, Any]:
+        """The artifact's figures; with another one also that one's, the increase, and what must not be compared."""
+        found = asdict(self.artifact)
+        if self.against is not None:
+            found |= {"against": asdict(self.against), "bits_per_byte_increase": self.increase}
+            found |= {"same_vocabulary": self.same_vocabulary} | ({} if self.same_vocabulary else {"remark": REMARK})
+        return found
+
+    def as_lines(self) -> list[str]:
+        """The same for a terminal, a figure a line."""
+        lines = [_line(key, value) for key, value in asdict(self.artifact).items() if value is not None]
+        if self.against is not None and self.increase is not None:
+            for key in ("perplexity", "bits_per_byte", "tokens"):
+                lines.append(_line(f"against {key}", getattr(self.against, key)))
+            lines.append(_line("over against", f"{percent(self.increase)} bits per byte"))
+        return lines if self.same_vocabulary else [*lines, REMARK]
+
+
+@dataclass
+class Tally:
+    """Running sums over scored positions, in nats and bytes."""
+
+    count: int = 0
+    nll: float = 0.0
+    nll_squared: float = 0.0
+    bytes: int = 0
+    kld: float = 0.0
+    same_top: int = 0
+
+    def add(self, nll: np.ndarray, n_bytes: int) -> None:
+        self.count += len(nll)
+        self.nll += float(nll.sum())
+        self.nll_squared += float((nll * nll).sum())
+        self.bytes += n_bytes
+
+    def quality(self, context: int, compared: bool) -> Quality:
+        mean = self.nll / self.count
+        variance = max(self.nll_squared / self.count - mean * mean, 0.0)
+        if mean > 700:  # exp overflows; a working model is far below the log of its vocabulary
+            raise Failed(f"the mean loss is {mean:.0f} nats per token: the artifact is broken")
+        if self.bytes == 0:
+            raise InvalidRequest("the scored tokens are control tokens only: give a text")
+        perplexity = math.exp(mean)
+        return Quality(
+            perplexity=perplexity,
+            perplexity_stderr=perplexity * math.sqrt(variance / (self.count - 1)) if self.count > 1 else 0.0,
+            bits_per_byte=self.nll / math.log(2) / self.bytes,
+            tokens=self.count,
+            kld_mean=self.kld / self.count if compared else None,
+            top1_agreement=self.same_top / self.count if compared else None,
+            context=context,
+        )
+
+
+def percent(share: float) -> str:
+    """0.0213 as +2.1 %, with two digits after the point below 1 %."""
+    return f"{100 * share:+.1f} %" if abs(share) >= 0.00995 else f"{100 * share:+.2f} %"
+
+
+def _line(key: str, value: Any) -> str:
+    return f"{key:<22} {value:.4f}" if isinstance(value, float) else f"{key:<22} {value}"
