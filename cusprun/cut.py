@@ -359,16 +359,18 @@ class Cut:
         def train() -> dict[str, Any]:
             from cusprun.recover import estimate, recover
 
-            windows = read_windows(base.windows)
-            shared = {
-                "kind": recipe.recover, "rank": recipe.recover_rank, "tokens": recipe.recover_tokens,
-                "teacher": base.folder if recipe.recover == "distill" else None, "device": recipe.device,
-            }  # fmt: skip
-            say(f"recovery by {recipe.recover}: about {estimate(compacted, windows, **shared) / 60:.1f} minutes")
-            state = self.stages.folder / "recovery"
+            windows, kind = read_windows(base.windows), recipe.recover
+            assert kind is not None
+            teacher = base.folder if kind == "distill" else None
+            rank, tokens, device = recipe.recover_rank, recipe.recover_tokens, recipe.device
+            seconds = estimate(
+                compacted, windows, kind=kind, teacher=teacher, rank=rank, tokens=tokens, device=device
+            )  # fmt: skip
+            say(f"recovery by {kind}: about {seconds / 60:.1f} minutes")
             report = recover(
-                compacted, windows, out, **shared, learning_rate=recipe.recover_rate, seed=recipe.seed, state=state
-            )
+                compacted, windows, out, kind=kind, teacher=teacher, rank=rank, tokens=tokens, device=device,
+                learning_rate=recipe.recover_rate, seed=recipe.seed, state=self.stages.folder / "recovery",
+            )  # fmt: skip
             return report.as_json()
 
         recipe = self.recipe

@@ -82,7 +82,8 @@ class _Problem:
         penalty pulls towards the columns as they were.
         """
         scale = ridge * self.inside.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-        damped = self.inside + scale * torch.eye(len(self.inside), dtype=self.inside.dtype)
+        damped = self.inside.clone()
+        damped.diagonal().add_(scale)
         right = torch.cat([self.own + scale * sliced, self.crossed - self.own])
         own, change = solve_symmetric(damped, right.T).T.split(len(sliced))
         return own, change

@@ -151,7 +151,7 @@ class _Refit:
             else:
                 matrix = part.matrix
                 moments = self._moments(part, matrix.shape[1])
-                judges, agreement = [gram.mean(0, 1) for gram in moments.values()], self._agreement()
+                judges, agreement = (gram.mean(0, 1) for gram in moments.values()), self._agreement()
                 if kind == "attention":
                     kept[kind] = choose_groups(matrix, judges, [after.kv_heads], run, agreement)[0]
                     columns = group_columns(kept[kind], run)

@@ -7,7 +7,7 @@ corpora may judge, each with its own H: a unit then goes by the largest of its r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -21,41 +21,41 @@ Agreement = Literal["intersection", "max"]
 
 
 class _Judge:
-    """One corpus's view of a matrix: the columns left, moved to make up for those gone, and H⁻¹ over them."""
+    """One corpus's view of a matrix: its columns, moved to make up for those gone, and H⁻¹ conditioned on what is left.
+
+    Nothing shrinks: rows and columns of what is gone become zero and are not looked at again.
+    """
 
     def __init__(self, matrix: torch.Tensor, moments: torch.Tensor) -> None:
         self.matrix = matrix.clone()
-        self.inverse = damped_inverse(moments)
         self.used = moments.diagonal() > 0
         self.energy = float(((matrix @ moments) * matrix).sum().clamp_min(torch.finfo(torch.float64).tiny))
+        self.inverse = damped_inverse(moments)
 
     def column_costs(self) -> torch.Tensor:
-        """Relative cost of each column left: ‖w_j‖² / [H⁻¹]_jj, and nothing where its input is always zero."""
+        """Relative cost of each column: ‖w_j‖² / [H⁻¹]_jj, and nothing where its input is always zero."""
         return self.matrix.square().sum(0) / self.inverse.diagonal() * self.used / self.energy
 
-    def group_costs(self, run: int) -> torch.Tensor:
-        """Relative cost of each group of ``run`` neighbouring columns left."""
-        costs = []
-        for start in range(0, self.matrix.shape[1], run):
-            group = slice(start, start + run)
+    def group_costs(self, run: int, left: torch.Tensor) -> torch.Tensor:
+        """Relative cost of each group of ``run`` neighbouring columns; those not ``left`` cost nothing."""
+        costs = torch.zeros(len(left), dtype=self.matrix.dtype)
+        for place in left.nonzero().flatten().tolist():
+            group = slice(place * run, (place + 1) * run)
             block = self.matrix[:, group]
-            costs.append((solve_symmetric(self.inverse[group, group], block.T).T * block).sum() / self.energy)
-        return torch.stack(costs)
+            costs[place] = (solve_symmetric(self.inverse[group, group], block.T).T * block).sum() / self.energy
+        return costs
 
     def remove(self, gone: torch.Tensor) -> None:
         """Takes columns out: the others make up for them, and H⁻¹ is conditioned on what is left."""
-        stays = torch.ones(self.matrix.shape[1], dtype=torch.bool)
-        stays[gone] = False
-        step = solve_symmetric(self.inverse[gone][:, gone], self.inverse[gone][:, stays])
-        self.matrix = self.matrix[:, stays] - self.matrix[:, gone] @ step
-        conditioned = self.inverse[stays][:, stays] - self.inverse[stays][:, gone] @ step
-        self.inverse = (conditioned + conditioned.T) / 2
-        self.used = self.used[stays]
+        across = self.inverse[:, gone]
+        step = solve_symmetric(across[gone], across.T)
+        self.matrix.addmm_(self.matrix[:, gone], step, alpha=-1)
+        self.inverse.addmm_(across, step, alpha=-1)
 
 
 def choose_columns(
     matrix: torch.Tensor,
-    moments: Sequence[torch.Tensor],
+    moments: Iterable[torch.Tensor],
     keeps: Sequence[int],
     agreement: Agreement = "intersection",
     steps: int = STEPS,
@@ -65,61 +65,52 @@ def choose_columns(
     ``matrix`` is (rows, n), each of ``moments`` (n, n), float64. The cheapest columns go first, in about ``steps``
     blocks, so what stays at a smaller number stays at a larger one too.
     """
-    left = torch.arange(matrix.shape[1])
+    left = torch.ones(matrix.shape[1], dtype=torch.bool)
     judges = [_Judge(matrix, each) for each in moments]
     size = max(1, -(-(len(left) - min(keeps)) // steps))
     found = []
     for keep in keeps:
-        while len(left) > keep:
-            costs = _agree([judge.column_costs() for judge in judges], agreement)
-            gone = torch.argsort(costs, stable=True)[: min(size, len(left) - keep)].sort().values
-            left = _without(left, gone)
-            for judge in judges:
-                judge.remove(gone)
-        found.append(left.tolist())
+        while (many := int(left.sum())) > keep:
+            costs = _agree([judge.column_costs() for judge in judges], left, agreement)
+            gone = torch.argsort(costs, stable=True)[: min(size, many - keep)].sort().values
+            left[gone] = False
+            if left.any():
+                for judge in judges:
+                    judge.remove(gone)
+        found.append(left.nonzero().flatten().tolist())
     return found
 
 
 def choose_groups(
     matrix: torch.Tensor,
-    moments: Sequence[torch.Tensor],
+    moments: Iterable[torch.Tensor],
     keeps: Sequence[int],
     run: int,
     agreement: Agreement = "intersection",
 ) -> list[list[int]]:
     """The same for groups of ``run`` neighbouring columns, which go one at a time: kv groups with their query heads."""
-    left = torch.arange(matrix.shape[1] // run)
+    left = torch.ones(matrix.shape[1] // run, dtype=torch.bool)
     judges = [_Judge(matrix, each) for each in moments]
     found = []
     for keep in keeps:
-        while len(left) > max(keep, 0):
-            if len(left) == 1:
-                left = left[:0]
-                break
-            place = int(_agree([judge.group_costs(run) for judge in judges], agreement).argmin())
-            left = _without(left, torch.tensor([place]))
-            for judge in judges:
-                judge.remove(torch.arange(place * run, (place + 1) * run))
-        found.append(left.tolist())
+        while int(left.sum()) > keep:
+            place = int(_agree([judge.group_costs(run, left) for judge in judges], left, agreement).argmin())
+            left[place] = False
+            if left.any():
+                for judge in judges:
+                    judge.remove(torch.arange(place * run, (place + 1) * run))
+        found.append(left.nonzero().flatten().tolist())
     return found
 
 
-def _agree(costs: Sequence[torch.Tensor], agreement: Agreement) -> torch.Tensor:
-    """One cost for each unit left, from every judge's relative costs."""
-    if len(costs) == 1:
-        return costs[0]
-    stacked = torch.stack(list(costs))
+def _agree(costs: Sequence[torch.Tensor], left: torch.Tensor, agreement: Agreement) -> torch.Tensor:
+    """One cost for each unit, from every judge's relative costs; infinite for what is gone."""
+    stacked = torch.stack([each.where(left, torch.inf) for each in costs])
     largest = stacked.amax(0)
-    if agreement == "max":
+    if len(costs) == 1 or agreement == "max":
         return largest
     ranks = stacked.argsort(dim=1, stable=True).argsort(dim=1, stable=True).amax(0)
-    return ranks + largest / (1 + largest.max())  # ties in rank go to the smaller cost
-
-
-def _without(left: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    stays = torch.ones(len(left), dtype=torch.bool)
-    stays[places] = False
-    return left[stays]
+    return (ranks + largest / (1 + largest[left].max())).where(left, torch.inf)  # ties in rank go to the smaller cost
 
 
 def damped_inverse(moments: torch.Tensor) -> torch.Tensor:
@@ -127,8 +118,13 @@ def damped_inverse(moments: torch.Tensor) -> torch.Tensor:
     scale = RIDGE * moments.diagonal().mean()
     if float(scale) <= 0:
         raise Failed("the inputs of a layer are zero throughout: the model is broken")
-    identity = torch.eye(len(moments), dtype=moments.dtype)
-    return solve_symmetric(moments + scale * identity, identity)
+    damped = moments.clone()
+    damped.diagonal().add_(scale)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if int(failed) == 0:
+        del damped  # three matrices at a time and no more: H, the factor, the inverse
+        return torch.cholesky_inverse(factor)
+    return solve_symmetric(damped, torch.eye(len(damped), dtype=damped.dtype))
 
 
 def solve_symmetric(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

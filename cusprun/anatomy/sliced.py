@@ -38,6 +38,10 @@ class SlicedAnatomy:
         return self.dense.family
 
     @property
+    def vocab_size(self) -> int:
+        return self.dense.vocab_size
+
+    @property
     def tied(self) -> bool:
         """Never: the embedding and the head are rotated by different matrices."""
         return False

@@ -49,9 +49,10 @@ class VocabularyPrices:
         kept: list[int] = np.flatnonzero(stays).tolist()
         return kept
 
-    def auto(self, share: float = AUTO, multiple: int = MULTIPLE) -> list[int]:
-        """Ids that stay where the expected loss may grow by ``share`` of the dense model's."""
-        gone = int(np.searchsorted(self.curve, share * self.dense_nats, side="right")) - 1
+    def auto(self, nats: float | None = None, multiple: int = MULTIPLE) -> list[int]:
+        """Ids that stay where the expected loss may grow by ``nats`` a byte, by default AUTO of the dense model's."""
+        most = AUTO * self.dense_nats if nats is None else nats
+        gone = int(np.searchsorted(self.curve, most, side="right")) - 1
         return self.rows_for(self.rows - gone, multiple)
 
     def save(self, path: Path) -> None:
