@@ -233,14 +233,19 @@ def register_when_imported() -> None:
     """Makes the per-layer model types known to transformers, at once or when its auto classes are imported."""
     import wrapt
 
-    modeling = "transformers.models.auto.modeling_auto"
+    auto = "transformers.models.auto"
+    # What the classes here are built on, by module: these import one another, and any may be the first.
+    needed = {f"{auto}.configuration_auto": "AutoConfig", f"{auto}.modeling_auto": "AutoModelForCausalLM"}
+    needed |= {f"transformers.models.{family.name}.modeling_{family.name}": family.model_class for family in FAMILIES}
     registering = False
 
     def register(_: ModuleType) -> None:
         nonlocal registering
-        halfway = sys.modules.get(modeling)
-        if registering or (halfway is not None and not hasattr(halfway, "AutoModelForCausalLM")):
-            return  # these modules import one another: the call that sees them whole registers
+        halfway = [
+            name for name, wanted in needed.items() if name in sys.modules and not hasattr(sys.modules[name], wanted)
+        ]
+        if registering or halfway:
+            return  # the call that sees them whole registers
         registering = True
         try:
             from transformers.models.auto.configuration_auto import AutoConfig
@@ -256,5 +261,5 @@ def register_when_imported() -> None:
         finally:
             registering = False
 
-    wrapt.register_post_import_hook(register, "transformers.models.auto.configuration_auto")
-    wrapt.register_post_import_hook(register, modeling)
+    for name in needed:
+        wrapt.register_post_import_hook(register, name)
