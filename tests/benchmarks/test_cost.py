@@ -4,9 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from cusprun.anatomy import describe
 from cusprun.benchmarks.cost import cost
+from cusprun.benchmarks.speed import bench, ratios
+from cusprun.compact import compact
 from cusprun.errors import Failed, InvalidRequest
 from cusprun.exporters.gguf import export_gguf
+from cusprun.plan import LayerPlan, make_plan
+from cusprun.vocabulary import close, read_pieces, trim_model
 from tests import pico
 
 
@@ -31,6 +36,26 @@ def test_folder_and_gguf(tmp_path: Path, tied: bool) -> None:
     assert costs["q8_0"].quant == "q8_0"
     assert costs["q8_0"].file_bytes == files["q8_0"].stat().st_size < costs["f32"].file_bytes
     assert costs["folder"].file_bytes == sum(path.stat().st_size for path in folder.iterdir())
+
+
+def test_layers_gone_layers_without_attention_and_a_trimmed_vocabulary(tmp_path: Path) -> None:
+    """Folder, file and anatomy count the same, and both run in the speed bench."""
+    dense = pico.save_model(tmp_path / "dense", num_hidden_layers=4)
+    pieces = read_pieces(dense)
+    trim_model(dense, sorted(close(pieces, pieces.removable[::2].tolist())), tmp_path / "trimmed")
+    whole, some = LayerPlan(tuple(range(128)), (0, 1)), tuple(range(0, 128, 2))
+    plan = make_plan(describe(tmp_path / "trimmed"), (whole, LayerPlan((), ()), LayerPlan(some, ()), whole))
+    expert, file = tmp_path / "expert", tmp_path / "expert.gguf"
+    compact(tmp_path / "trimmed", plan, expert)
+    export_gguf(expert, file, "f32")
+    for found in (cost(expert), cost(file)):
+        assert found.parameters == plan.expert.parameters < describe(dense).parameters
+        assert found.macs_per_token == plan.expert.macs_per_token
+    export_gguf(dense, tmp_path / "dense.gguf", "f32")
+    rows = bench([file, tmp_path / "dense.gguf"], prefill=8, decode=4, repetitions=1, threads=1)
+    found = ratios(*rows)
+    assert found["macs_per_token"]["exact"] == plan.expert.macs_per_token / describe(dense).macs_per_token
+    assert found["decode_yield"]["median_of_pairs"] > 0
 
 
 def test_parameters_are_torch_s(folder: Path) -> None:
