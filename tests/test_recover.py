@@ -18,12 +18,13 @@ import numpy as np
 import pytest
 import torch
 
-from cusprun.allocation import plan_ratio, score_layers
+from cusprun.allocation import plan_ratio
 from cusprun.anatomy import describe
 from cusprun.checkpoint import Weights, load_model, load_tokenizer
 from cusprun.compact import compact
 from cusprun.errors import Failed, InvalidRequest
 from cusprun.importance.slicegpt import slicegpt
+from cusprun.methods import score_layers
 from cusprun.plan import LayerPlan, make_plan
 from cusprun.recover import SAVED_EVERY, estimate, recover
 from cusprun.recover.held_out import group_windows, run_hashes, split_windows

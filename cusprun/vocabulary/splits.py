@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cusprun.checkpoint import load_model
+from cusprun.anatomy import describe
 from cusprun.errors import InvalidRequest
+from cusprun.layerwise import LayerwiseModel
 from cusprun.progress import track
 from cusprun.vocabulary.merges import close, find_needs
 from cusprun.vocabulary.pieces import Pieces
@@ -82,31 +83,37 @@ def measure_splits(
     windows = {
         name: _choose(documents, dense, rare, tokens // (2 * len(texts)), chance) for name, documents in texts.items()
     }
-    model = load_model(folder).to(device)
     old = np.array(kept)
     rivals = torch.tensor(old, device=device)
     probability = {name: np.zeros(pieces.rows) for name in texts}
-    places: list[_Place] = []
-    spent, surplus, dense_nats, n_bytes = 0, 0.0, 0.0, 0
+    size = max(1, LOGITS // (pieces.rows * CHARACTERS // 3))
+    batches: list[tuple[str, list[list[int]], list[list[int]]]] = []  # corpus, as it is spelled, as it would be
     for name, cut in windows.items():
-        positions = 0
-        size = max(1, LOGITS // (pieces.rows * CHARACTERS // 3))
-        batches = [cut[start : start + size] for start in range(0, len(cut), size)]
-        for batch in track(batches, f"costs of splits, {name}"):
+        for start in range(0, len(cut), size):
+            batch = cut[start : start + size]
             whole = [encoding.ids for encoding in dense.encode_batch(batch, add_special_tokens=False)]
             split = [old[encoding.ids].tolist() for encoding in trimmed.encode_batch(batch, add_special_tokens=False)]
+            batches.append((name, whole, split))
+    model = LayerwiseModel(folder, describe(folder), device)
+    states = _read(model, [_padded(side) for _, *sides in batches for side in sides])
+    places: list[_Place] = []
+    positions = dict.fromkeys(texts, 0)
+    spent, surplus, dense_nats, n_bytes = 0, 0.0, 0.0, 0
+    with model.head() as head:
+        for number, (name, whole, split) in enumerate(batches):
             spent += sum(map(len, whole)) + sum(map(len, split))
-            before, summed = _losses(model, whole, None)
-            after, _ = _losses(model, split, rivals)
+            before, summed = _losses(head, states[2 * number], whole, None)
+            after, _ = _losses(head, states[2 * number + 1], split, rivals)
             probability[name] += summed
-            positions += sum(len(ids) - WARM for ids in whole)
+            positions[name] += sum(len(ids) - WARM for ids in whole)
             for one, other, nats_one, nats_other in zip(whole, split, before, after, strict=True):
                 found, left = _compare(pieces, one, other, nats_one, nats_other)
                 places += found
                 surplus += left
                 dense_nats += float(nats_one.sum())
                 n_bytes += sum(len(pieces.bytes[identity]) for identity in one[1:])
-        probability[name] /= max(positions, 1)
+    for name in texts:
+        probability[name] /= max(positions[name], 1)
     if not places:
         raise InvalidRequest("the text is too short to tell what a missing token costs: give more, or --vocab keep")
     observed = np.array([place.nats for place in places]) + surplus / len(places)
@@ -159,18 +166,35 @@ def _window(document: str, start: int) -> str:
     return document[begin : end if end > begin + CHARACTERS // 2 else begin + CHARACTERS]
 
 
+def _padded(sequences: Sequence[Sequence[int]]) -> np.ndarray:
+    """Token ids as rows of one length, int64; what pads a row stands behind it: no earlier position sees it."""
+    length = max(map(len, sequences))
+    return np.array([[*sequence, *[0] * (length - len(sequence))] for sequence in sequences], dtype=np.int64)
+
+
+def _read(model: LayerwiseModel, batches: Sequence[np.ndarray]) -> list[torch.Tensor]:
+    """Hidden states after the last layer for each batch of ids; one layer's weights are in memory at a time."""
+    import torch
+
+    with torch.inference_mode():
+        states = [model.embed(ids).to(model.device) for ids in batches]
+        for index in track(range(len(model.anatomy.layers)), "costs of splits, layer by layer"):
+            with model.layer(index) as layer:
+                states = [model.forward(layer, batch) for batch in states]
+    return states
+
+
 def _losses(
-    model: Any, sequences: Sequence[Sequence[int]], rivals: torch.Tensor | None
+    head: Any, states: torch.Tensor, sequences: Sequence[Sequence[int]], rivals: torch.Tensor | None
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """-ln p of each token but the first given those before it, (length - 1,) each, and the sum of the probabilities of
     every token over the positions from WARM on, (rows,). With ``rivals`` the softmax runs over these alone.
     """
     import torch
 
-    length = max(map(len, sequences))
-    ids = torch.tensor([[*sequence, *[0] * (length - len(sequence))] for sequence in sequences], device=model.device)
-    with torch.inference_mode():  # what pads a row stands behind it: no earlier position sees it
-        logits = model(ids, use_cache=False).logits.float()
+    ids = torch.from_numpy(_padded(sequences)).to(states.device)
+    with torch.inference_mode():
+        logits = head(states)
         reached = logits if rivals is None else logits[..., rivals]
         norm = torch.logsumexp(reached, dim=-1)
         chosen = logits[:, :-1].gather(2, ids[:, 1:, None])[..., 0]

@@ -13,6 +13,7 @@ import torch
 from cusprun.anatomy import describe
 from cusprun.checkpoint import load_model, load_tokenizer
 from cusprun.errors import InvalidRequest
+from cusprun.layerwise import LayerwiseModel
 from cusprun.vocabulary import (
     SplitCosts,
     Usage,
@@ -28,7 +29,7 @@ from cusprun.vocabulary import (
     set_prices,
     trim_model,
 )
-from cusprun.vocabulary.splits import WARM, _compare, _fit, _losses
+from cusprun.vocabulary.splits import WARM, _compare, _fit, _losses, _padded, _read
 from tests.pico import SENTENCES, save_model
 from tests.vocabulary.tokenizers_made import DECLARATION, KINDS, make
 
@@ -116,7 +117,10 @@ def test_losses_are_those_of_the_model_alone(dense: Path) -> None:
     model = load_model(dense)
     tokenizer = load_tokenizer(dense)
     sequences = [tokenizer(text)["input_ids"] for text in SENTENCES[:2]]
-    found, mean = _losses(model, sequences, None)
+    layers = LayerwiseModel(dense, describe(dense))
+    (states,) = _read(layers, [_padded(sequences)])
+    with layers.head() as head:
+        found, mean = _losses(head, states, sequences, None)
     assert len(sequences[0]) != len(sequences[1])  # one of them is padded
     expected = np.zeros(len(mean))
     for ids, nats in zip(sequences, found, strict=True):
@@ -128,7 +132,9 @@ def test_losses_are_those_of_the_model_alone(dense: Path) -> None:
     assert np.allclose(mean, expected, atol=1e-4)
     rivals = torch.arange(0, describe(dense).vocab_size, 2)
     even = [[identity - identity % 2 for identity in sequences[0]]]
-    nats, _ = _losses(model, even, rivals)
+    (states,) = _read(layers, [_padded(even)])
+    with layers.head() as head:
+        nats, _ = _losses(head, states, even, rivals)
     with torch.no_grad():
         logits = model(torch.tensor(even)).logits[0][:-1, ::2]
     halves = torch.tensor(even[0][1:]) // 2
@@ -189,7 +195,7 @@ def test_from_texts_to_a_trimmed_folder(tmp_path: Path, kind: str) -> None:
     assert prices.rows_for(prices.rows) == list(range(prices.rows))
     with pytest.raises(InvalidRequest, match=f"--vocab {prices.rows + 1}"):
         prices.rows_for(prices.rows + 1)
-    counts = [len(prices.auto(share, multiple=1)) for share in (0.0, 0.01, 0.1, 10.0)]
+    counts = [len(prices.auto(nats, multiple=1)) for nats in (0.0, 0.01, 0.1, 10.0)]
     assert counts == sorted(counts, reverse=True)
     assert counts[-1] < counts[0] <= prices.rows
     trim_model(dense, kept, tmp_path / "trimmed")
