@@ -127,15 +127,16 @@ class _Cuts:
         """Takes the layer's batches: moments of the windows', inputs and outputs of the probes'."""
         self.model, self.index = model, index
         self.widths = model.anatomy.layers[index]
-        self.channels = Gram.empty(self.widths.ffn)
-        self.heads = Gram.empty(self.widths.heads * model.anatomy.head_dim)
+        channels = Gram.empty(self.widths.ffn)
+        heads = Gram.empty(self.widths.heads * model.anatomy.head_dim)
         probes: list[Batch] = []
         for batch in batches:
             if batch.dimension == PROBES:
                 probes.append(batch)
                 continue
-            self.channels.add_batch(batch.channels, batch)
-            self.heads.add_batch(batch.heads, batch)
+            channels.add(batch.channels, 0)  # nothing is judged by the other half here
+            heads.add(batch.heads, 0)
+        self.channels, self.heads = channels.mean(0), heads.mean(0)
         self.inner = torch.cat([batch.channels for batch in probes])
         self.read = torch.cat([batch.heads for batch in probes])
         self.window = probes[0].window
@@ -156,14 +157,14 @@ class _Cuts:
         """Fewer channels, and fewer kv heads, each refitted alone."""
         prefix = self.model.anatomy.prefix(self.index)
         states: dict[Cut, torch.Tensor] = {}
-        full, moments = self._matrix(prefix + DOWN)[0].double().cpu(), self.channels.mean(0, 1)
+        full, moments = self._matrix(prefix + DOWN)[0].double().cpu(), self.channels
         levels = ffn_levels(self.widths, deep=deep)
         for width, kept in zip(levels, choose_columns(full, [moments], levels, steps=STEPS), strict=True):
             columns = torch.tensor(kept)
             fitted = refitted(full, moments, columns, RIDGE).to(self.model.device)
             states["ffn", width] = self.middle + self.inner[:, columns] @ fitted.T + self.down_bias
         if self.widths.kv_heads:
-            full, moments = self._matrix(prefix + OUTPUT)[0].double().cpu(), self.heads.mean(0, 1)
+            full, moments = self._matrix(prefix + OUTPUT)[0].double().cpu(), self.heads
             run, levels = len(moments) // self.widths.kv_heads, head_levels(self.widths)
             for width, groups in zip(levels, choose_groups(full, [moments], levels, run), strict=True):
                 columns = group_columns(groups, run)

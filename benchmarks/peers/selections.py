@@ -84,7 +84,7 @@ def choose_scored(
     apart = {
         f"{name}#{number}": ids[number : number + 1] for name, ids in windows.items() for number in range(len(ids))
     }
-    weights, found = Weights(dense.folder), {}
+    weights, found = Weights(dense.folder), dict[int, list[Kept]]()
     for index, seen in enumerate(stream(dense.folder, dense.anatomy, apart, needs=criterion.needs)):
         if index not in layers:
             continue
@@ -127,7 +127,7 @@ def choose_refit(
     from cusprun.statistics import walk
     from cusprun.surgeon import choose_columns, choose_groups
 
-    weights, found = Weights(dense.folder), {}
+    weights, found = Weights(dense.folder), dict[int, list[Kept]]()
     for index, batches in walk(dense.folder, dense.anatomy, windows, label="inputs, layer by layer"):
         inputs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in windows}
         for batch in batches:

@@ -134,7 +134,7 @@ def select(grid: Grid, chosen: argparse.Namespace) -> tuple[dict[str, Any], list
                 say(f"selections of {method} for {scene.name}")
                 write_json(path, _select(grid, scene, method, layers, chosen))
             found[scene.name][method] = json.loads(path.read_text(encoding="utf-8"))
-    rows = {cell.scene.name: {} for cell in grid.cells.values()}
+    rows: dict[str, dict[str, Any]] = {cell.scene.name: {} for cell in grid.cells.values()}
     for cell in grid.cells.values():
         if (result := grid.result(cell)) is not None:
             rows[cell.scene.name][cell.labels["method"]] = result["stability"]
