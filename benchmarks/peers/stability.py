@@ -81,9 +81,9 @@ def near_and_far(gauge: Gauge, model: Path, windows: Path, texts: Mapping[str, l
     return found
 
 
-def instability(figures: Mapping[str, float]) -> float:
-    """(t_pre - t_post) / t_pre with t the next-token accuracy."""
-    return 1 - figures["accuracy"] / figures["dense_accuracy"]
+def instability(figures: Mapping[str, float]) -> float | None:
+    """(t_pre - t_post) / t_pre with t the next-token accuracy; None where the dense model gets no token right."""
+    return 1 - figures["accuracy"] / figures["dense_accuracy"] if figures["dense_accuracy"] else None
 
 
 def increase(figures: Mapping[str, float]) -> float:
@@ -209,7 +209,8 @@ def _instability_lines(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> l
             "| dense accuracy | " + " | ".join(f"{dense[text]['dense_accuracy']:.1%}" for text in texts) + " |"
         )
         for method, figures in methods.items():
-            shares = [f"{instability(figures[text]):.3f}" if text in figures else "" for text in texts]
+            found = [instability(figures[text]) if text in figures else None for text in texts]
+            shares = ["" if share is None else f"{share:.3f}" for share in found]
             lines.append(f"| {method} | {' | '.join(shares)} |")
     return lines
 

@@ -250,6 +250,7 @@ def test_text_that_was_too_short_is_said() -> None:
 
 def test_instability() -> None:
     assert stability.instability({"accuracy": 0.3, "dense_accuracy": 0.4}) == pytest.approx(0.25)
+    assert stability.instability({"accuracy": 0.0, "dense_accuracy": 0.0}) is None
 
 
 # scenes ---------------------------------------------------------------------------------------------------------------
