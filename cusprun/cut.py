@@ -28,6 +28,7 @@ from cusprun.statistics import load_statistics, save_statistics, stream
 WIDTHS_STRIDE = 4  # with refit, every fourth window gives the widths
 GENERAL_IN_PRICE = 1 / 3
 ROWS_STEP = 1024  # rows between the sizes of the vocabulary that the program may choose
+ROWS_SHARE = 0.4  # of the ratio, at most, that `--vocab auto` takes there
 AUTO_NATS = 0.01  # a token, that `--vocab auto` may add where no losses are measured to compare with
 PROBES, PROBE_TOKENS = 6, 128  # windows that a cut's loss is measured on, and their tokens
 GRADIENT_WINDOWS = 8  # of each dimension that gradients are taken of
@@ -210,7 +211,8 @@ class Cut:
             shares[name] * corpus["bytes"] / corpus["tokens"] for name, corpus in prices.note["corpora"].items()
         ) / sum(shares.values())
         if self.recipe.method != "refit" or self.recipe.cuts_by != "measured":
-            return [RowsChoice(len(prices.auto(AUTO_NATS / per_token)), 0.0)]
+            kept = max(len(prices.auto(AUTO_NATS / per_token)), self._fewest_rows())
+            return [RowsChoice(len(prices.rows_for(kept)), 0.0)]
         choices = [RowsChoice(rows, 0.0)]
         for wanted in range(rows - ROWS_STEP, 0, -ROWS_STEP):
             kept = len(prices.rows_for(wanted))
@@ -218,6 +220,14 @@ class Cut:
                 break
             choices.append(RowsChoice(kept, float(prices.curve[rows - kept]) * per_token))
         return choices
+
+    def _fewest_rows(self) -> int:
+        """Rows that stay at least where `--vocab auto` is not weighed against neurons: these are to give most."""
+        anatomy, share = self.dense.anatomy, self.recipe.removed_share
+        if share is None:
+            return 1
+        row = anatomy.parameters - anatomy.with_vocabulary(anatomy.vocab_size - 1).parameters
+        return max(1, anatomy.vocab_size - int(ROWS_SHARE * share * anatomy.parameters / row))
 
     # what stays ------------------------------------------------------------------------------------------------------
 

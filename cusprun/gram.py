@@ -59,6 +59,10 @@ class Gram:
         """Adds a batch's inputs."""
         self.add_windows(x, batch.start, batch.window)
 
+    def release(self) -> None:
+        """Gives the sums back; nothing can be read from them after."""
+        self.inputs, self.crossed = [], None
+
     def mean(self, *halves: int) -> torch.Tensor:
         """E[x xᵀ] over the named halves, (n, n) float64. Raises ValueError where they hold no token."""
         return self._sum(self.inputs, halves)
@@ -76,4 +80,4 @@ class Gram:
         total = sums[halves[0]].double()
         for half in halves[1:]:
             total += sums[half]
-        return total / count
+        return total.div_(count)

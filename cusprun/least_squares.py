@@ -18,10 +18,12 @@ def fit(matrix: torch.Tensor, gram: Gram, kept: torch.Tensor) -> torch.Tensor:
 
     The target is the gram's, between that and what all columns give, or the latter alone where it has none. Of RIDGES,
     and of α, the one that leaves the least error across the halves of the windows; columns as they were take part.
+    The gram is used up.
     """
     sliced = matrix[:, kept]
     halves = [_Problem.of(matrix, gram, kept, half) for half in (0, 1)]
-    targeted = gram.crossed is not None
+    targeted, share = gram.crossed is not None, gram.counts[0] / sum(gram.counts)
+    gram.release()
     tried: dict[int, tuple[float, float]] = {}  # place in RIDGES -> error across the halves, α
 
     def error(place: int) -> float:
@@ -38,7 +40,8 @@ def fit(matrix: torch.Tensor, gram: Gram, kept: torch.Tensor) -> torch.Tensor:
         best = lower
     if sum(half.error(sliced) for half in halves) <= error(best):
         return sliced.float()
-    own, change = _Problem.of(matrix, gram, kept, 0, 1).solve(sliced, RIDGES[best])
+    one, other = halves
+    own, change = one.mixed(other, share).solve(sliced, RIDGES[best])
     return (own + tried[best][1] * change).float()
 
 
@@ -66,14 +69,21 @@ class _Problem:
     energy: float  # E‖t‖²
 
     @classmethod
-    def of(cls, matrix: torch.Tensor, gram: Gram, kept: torch.Tensor, *halves: int) -> _Problem:
-        moments = gram.mean(*halves)
-        own = matrix @ moments[:, kept]
-        inside = moments[kept][:, kept]
+    def of(cls, matrix: torch.Tensor, gram: Gram, kept: torch.Tensor, half: int) -> _Problem:
+        moments = gram.mean(half)
+        own, inside = matrix @ moments[:, kept], moments[kept][:, kept]
         if gram.crossed is None:  # t = W x
             return cls(inside, own, own, float(((matrix @ moments) * matrix).sum()))
-        count = sum(gram.counts[half] for half in halves)
-        return cls(inside, own, gram.cross(*halves)[:, kept], sum(gram.energy[half] for half in halves) / count)
+        return cls(inside, own, gram.cross(half)[:, kept], gram.energy[half] / gram.counts[half])
+
+    def mixed(self, other: _Problem, share: float) -> _Problem:
+        """Both texts together; ``share`` of the tokens are this one's. Uses the memory of this one's moments."""
+        inside = self.inside.mul_(share).add_(other.inside, alpha=1 - share)
+        own, crossed = (
+            share * mine + (1 - share) * theirs
+            for mine, theirs in ((self.own, other.own), (self.crossed, other.crossed))
+        )
+        return _Problem(inside, own, crossed, share * self.energy + (1 - share) * other.energy)
 
     def solve(self, sliced: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
         """The optimum for the target W x, (rows, kept), and the way from it to that for the target t.
@@ -84,8 +94,15 @@ class _Problem:
         scale = ridge * self.inside.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
         damped = self.inside.clone()
         damped.diagonal().add_(scale)
-        right = torch.cat([self.own + scale * sliced, self.crossed - self.own])
-        own, change = solve_symmetric(damped, right.T).T.split(len(sliced))
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        del damped
+        rights = ((self.own + scale * sliced).T, (self.crossed - self.own).T)
+        if int(failed) == 0:
+            own, change = (torch.cholesky_solve(right, factor).T for right in rights)
+        else:
+            damped = self.inside.clone()
+            damped.diagonal().add_(scale)
+            own, change = (solve_symmetric(damped, right).T for right in rights)
         return own, change
 
     def error(self, candidate: torch.Tensor) -> float:

@@ -159,14 +159,14 @@ class _Cuts:
         states: dict[Cut, torch.Tensor] = {}
         full, moments = self._matrix(prefix + DOWN)[0].double().cpu(), self.channels
         levels = ffn_levels(self.widths, deep=deep)
-        for width, kept in zip(levels, choose_columns(full, [moments], levels, steps=STEPS), strict=True):
+        for width, kept in zip(levels, choose_columns(full, [moments.clone()], levels, steps=STEPS), strict=True):
             columns = torch.tensor(kept)
             fitted = refitted(full, moments, columns, RIDGE).to(self.model.device)
             states["ffn", width] = self.middle + self.inner[:, columns] @ fitted.T + self.down_bias
         if self.widths.kv_heads:
             full, moments = self._matrix(prefix + OUTPUT)[0].double().cpu(), self.heads
             run, levels = len(moments) // self.widths.kv_heads, head_levels(self.widths)
-            for width, groups in zip(levels, choose_groups(full, [moments], levels, run), strict=True):
+            for width, groups in zip(levels, choose_groups(full, [moments.clone()], levels, run), strict=True):
                 columns = group_columns(groups, run)
                 fitted = refitted(full, moments, columns, RIDGE).to(self.model.device)
                 states["heads", width] = self._through_ffn(

@@ -62,8 +62,8 @@ def choose_columns(
 ) -> list[list[int]]:
     """Columns that stay, ascending, for each number of ``keeps``, descending.
 
-    ``matrix`` is (rows, n), each of ``moments`` (n, n), float64. The cheapest columns go first, in about ``steps``
-    blocks, so what stays at a smaller number stays at a larger one too.
+    ``matrix`` is (rows, n), each of ``moments`` (n, n), float64, which are used up. The cheapest columns go first, in
+    about ``steps`` blocks, so what stays at a smaller number stays at a larger one too.
     """
     left = torch.ones(matrix.shape[1], dtype=torch.bool)
     judges = [_Judge(matrix, each) for each in moments]
@@ -114,17 +114,16 @@ def _agree(costs: Sequence[torch.Tensor], left: torch.Tensor, agreement: Agreeme
 
 
 def damped_inverse(moments: torch.Tensor) -> torch.Tensor:
-    """(H + λI)⁻¹. Raises Failed where H is zero throughout."""
+    """(H + λI)⁻¹, in the memory of H: ``moments`` is used up. Raises Failed where H is zero throughout."""
     scale = RIDGE * moments.diagonal().mean()
     if float(scale) <= 0:
         raise Failed("the inputs of a layer are zero throughout: the model is broken")
-    damped = moments.clone()
-    damped.diagonal().add_(scale)
-    factor, failed = torch.linalg.cholesky_ex(damped)
+    moments.diagonal().add_(scale)
+    factor, failed = torch.linalg.cholesky_ex(moments)
     if int(failed) == 0:
-        del damped  # three matrices at a time and no more: H, the factor, the inverse
-        return torch.cholesky_inverse(factor)
-    return solve_symmetric(damped, torch.eye(len(damped), dtype=damped.dtype))
+        torch.cholesky_inverse(factor, out=moments.T)  # symmetric, and LAPACK writes columns: no copy is made
+        return moments
+    return solve_symmetric(moments, torch.eye(len(moments), dtype=moments.dtype))
 
 
 def solve_symmetric(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
