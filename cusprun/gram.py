@@ -8,6 +8,8 @@ import torch
 
 from cusprun.statistics import Batch
 
+ROWS = 512  # of the moments that are in float64 at a time where a product needs them so
+
 
 @dataclass
 class Gram:
@@ -66,6 +68,22 @@ class Gram:
     def mean(self, *halves: int) -> torch.Tensor:
         """E[x xᵀ] over the named halves, (n, n) float64. Raises ValueError where they hold no token."""
         return self._sum(self.inputs, halves)
+
+    def inside(self, kept: torch.Tensor, half: int) -> torch.Tensor:
+        """E[x_S x_Sᵀ] over one half, (kept, kept) float64, without the whole matrix in float64 beside it."""
+        return self.inputs[half][kept][:, kept].double().div_(self._tokens(half))
+
+    def through(self, matrix: torch.Tensor, half: int) -> torch.Tensor:
+        """E[W x xᵀ] over one half for W, (rows, n) float64, likewise."""
+        found = torch.zeros_like(matrix)
+        for columns in torch.arange(matrix.shape[1]).split(ROWS):
+            found.addmm_(matrix[:, columns], self.inputs[half][columns].double())
+        return found.div_(self._tokens(half))
+
+    def _tokens(self, half: int) -> int:
+        if not self.counts[half]:
+            raise ValueError("no token was added to this half")
+        return self.counts[half]
 
     def cross(self, *halves: int) -> torch.Tensor:
         """E[t xᵀ] over the named halves, (rows, n) float64."""

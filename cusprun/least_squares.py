@@ -70,10 +70,10 @@ class _Problem:
 
     @classmethod
     def of(cls, matrix: torch.Tensor, gram: Gram, kept: torch.Tensor, half: int) -> _Problem:
-        moments = gram.mean(half)
-        own, inside = matrix @ moments[:, kept], moments[kept][:, kept]
+        every = gram.through(matrix, half)
+        own, inside = every[:, kept], gram.inside(kept, half)
         if gram.crossed is None:  # t = W x
-            return cls(inside, own, own, float(((matrix @ moments) * matrix).sum()))
+            return cls(inside, own, own, float((every * matrix).sum()))
         return cls(inside, own, gram.cross(half)[:, kept], gram.energy[half] / gram.counts[half])
 
     def mixed(self, other: _Problem, share: float) -> _Problem:

@@ -35,7 +35,7 @@ from cusprun.surgeon import choose_columns, choose_groups
 
 DOWN, OUTPUT = "mlp.down_proj", "self_attn.o_proj"
 BATCH_TOKENS = 4096
-HELD_BYTES = 2**28  # of a matrix's inputs that are kept between fit and use; where there are more they are made twice
+HELD_BYTES = 2**29  # for a matrix's inputs, kept for use after the fit, beside its moments; else they are made twice
 
 MATRICES = {"attention": OUTPUT, "ffn": DOWN}
 
@@ -188,7 +188,7 @@ class _Refit:
         sequential = self.form == "sequential"
         rows = self.model.anatomy.hidden_size if sequential else None
         moments: dict[str, Gram] = {}
-        hold = sequential and self.tokens * columns * 4 <= HELD_BYTES
+        hold = sequential and self.tokens * columns * 4 + 6 * columns**2 * 8 <= HELD_BYTES
         for name, streams in self.streams.items():
             gram = moments.setdefault(name if self.combine != "mixture" else "mixture", Gram.empty(columns, rows))
             apart = streams.compact is not streams.dense

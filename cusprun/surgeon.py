@@ -114,16 +114,17 @@ def _agree(costs: Sequence[torch.Tensor], left: torch.Tensor, agreement: Agreeme
 
 
 def damped_inverse(moments: torch.Tensor) -> torch.Tensor:
-    """(H + λI)⁻¹, in the memory of H: ``moments`` is used up. Raises Failed where H is zero throughout."""
+    """(H + λI)⁻¹, in the memory of H: ``moments`` is used up. Raises Failed where H is zero or not finite."""
     scale = RIDGE * moments.diagonal().mean()
     if float(scale) <= 0:
         raise Failed("the inputs of a layer are zero throughout: the model is broken")
-    moments.diagonal().add_(scale)
-    factor, failed = torch.linalg.cholesky_ex(moments)
-    if int(failed) == 0:
-        torch.cholesky_inverse(factor, out=moments.T)  # symmetric, and LAPACK writes columns: no copy is made
-        return moments
-    return solve_symmetric(moments, torch.eye(len(moments), dtype=moments.dtype))
+    moments.diagonal().add_(scale)  # far above what float32 sums can lack to be positive definite
+    columns, failed = moments.T, torch.empty(0, dtype=torch.int32)  # symmetric, and LAPACK goes by columns: no copies
+    torch.linalg.cholesky_ex(columns, out=(columns, failed))
+    if int(failed):
+        raise Failed("the moments of a layer's inputs are not finite: the model is broken")
+    torch.cholesky_inverse(columns, out=columns)
+    return moments
 
 
 def solve_symmetric(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

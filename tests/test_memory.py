@@ -102,10 +102,10 @@ def test_streamed_equals_in_memory_bit_for_bit(tmp_path: Path, dtype: str) -> No
         assert expert[name].dtype == tensor.dtype
 
 
-def prune(folder: Path, text: Path, out: Path, method: str) -> float:
+def prune(folder: Path, text: Path, out: Path, *method: str) -> float:
     """Bytes of memory that `cusprun-edge prune` took at most for 25 % of the model in ``folder``."""
     command = [sys.executable, "-c", CHILD, "prune", folder, "--corpus", text, "--out", out, "--ratio", "0.25"]
-    command += ["--tokens", "2048", "--method", method]
+    command += ["--tokens", "2048", "--vocab", "keep", "--method", *method]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     before, after = describe(folder), describe(out / "model")
@@ -140,3 +140,13 @@ def test_memory_is_less_than_the_weights_and_does_not_grow_with_depth(scratch: P
         shutil.rmtree(folder)
         shutil.rmtree(scratch / f"{layers}-pruned")
     assert peaks[1] <= 1.1 * peaks[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_refit_at_this_width_takes_as_little(scratch: Path, own_text: Path) -> None:
+    """Its moments are of one layer at a time, so two layers tell; the pass over the layers is the one tested above."""
+    folder = save_large(scratch / "two", 2)
+    peak = prune(folder, own_text, scratch / "two-pruned", "refit", "--widths", "even")
+    print(f"refit: peak {peak / GB:.2f} GB")
+    assert peak <= 2.0 * GB
