@@ -100,13 +100,14 @@ def set_prices(
     pieces: Pieces, usages: Mapping[str, Usage], weights: Mapping[str, float], costs: SplitCosts
 ) -> VocabularyPrices:
     """The removal order and its curve."""
-    rates = expected_rates(usages, weights, costs.probability)
+    rates = expected_rates(usages, weights, costs.probability, costs.again)
     price = rates * costs.nats
     price[[identity for identity, text in enumerate(pieces.texts) if text is None]] = 0
     order = order_removals(pieces, price)
     note = {
         "places": costs.places,
         "mean_nats": costs.mean_nats,
+        "again": costs.again,
         "explained": costs.explained,
         "sample_tokens": costs.tokens,
         "weights": dict(weights),

@@ -3,14 +3,15 @@
 A random half of the rarer tokens is left out, the dense model scores a sample of text both ways, and each place where a
 token fell into pieces gives one cost: the nats of its pieces and of the tokens right behind them, less those of the
 token and what followed it. A ridge regression on a few properties carries the costs over to tokens that the sample
-does not hold. Tokens that are left out are no rivals any more: the softmax runs over the kept ones.
+does not hold. Tokens that are left out are no rivals any more: the softmax runs over the kept ones. Where a token has
+been read in pieces before, its pieces cost the model far less: that share is measured too.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,18 +35,23 @@ LEFT_OUT = 0.5
 BEHIND = 3  # unchanged tokens behind a split whose loss counts as its own
 WARM = 8  # positions of a window that are not scored
 CANDIDATES = 4  # windows looked at for each that is taken: the rarer its tokens, the more it tells
+AGAIN = 0.3  # of the first split's nats in a text that the same token's next costs, where the sample shows too few
+FEWEST = 30  # places that show it
 RIDGE = 0.01  # on standardized properties, for each observation
 LOGITS = 2**25  # elements of one batch's logits at most
 
 
 @dataclass(frozen=True)
 class SplitCosts:
-    """Nats that each token's absence adds where it occurs, (rows,), and what they were estimated from."""
+    """Nats that each token's absence adds where it occurs first in a text, (rows,), the share of them that it adds
+    where it occurs again, and what they were estimated from.
+    """
 
     nats: np.ndarray
+    again: float
     probability: dict[str, np.ndarray]  # the dense model's mean probability of each token, by corpus, (rows,)
     places: int  # where a token fell into pieces
-    mean_nats: float  # over these places
+    mean_nats: float  # over those of these places where it was the first of its kind
     explained: float  # share of the variance over these places that the properties explain
     dense_nats: float  # the dense model's loss on a byte of the sample
     tokens: int  # through the model
@@ -53,10 +59,11 @@ class SplitCosts:
 
 @dataclass(frozen=True)
 class _Place:
-    """One split: the token that is missing and the nats it took more."""
+    """One split: the token that is missing, the nats it took more, and whether the window had it before."""
 
     token: int
     nats: float
+    again: bool
 
 
 def measure_splits(
@@ -116,13 +123,16 @@ def measure_splits(
         probability[name] /= max(positions[name], 1)
     if not places:
         raise InvalidRequest("the text is too short to tell what a missing token costs: give more, or --vocab keep")
-    observed = np.array([place.nats for place in places]) + surplus / len(places)
+    nats = np.array([place.nats for place in places]) + surplus / len(places)
+    again = np.array([place.again for place in places])
+    observed, repeated = nats[~again], nats[again]
+    share = float(np.clip(repeated.mean() / observed.mean(), 0, 1)) if len(repeated) >= FEWEST else AGAIN
     spelled = _spellings(pieces, rates)
     inputs = _properties(pieces, rates, spelled)
-    seen = np.array([place.token for place in places])
+    seen = np.array([place.token for place in places])[~again]
     fitted, explained = _fit(inputs[seen], observed, inputs)
     mean = float(observed.mean())
-    return SplitCosts(fitted, probability, len(places), mean, explained, dense_nats / max(n_bytes, 1), spent)
+    return SplitCosts(fitted, share, probability, len(places), mean, explained, dense_nats / max(n_bytes, 1), spent)
 
 
 def _leave_out(pieces: Pieces, rates: np.ndarray, chance: random.Random) -> list[int]:
@@ -227,10 +237,10 @@ def _compare(
         extra = (total_other[end] - total_other[begin]) - (total_one[end] - total_one[begin])
         same = list(one[first : last + 1]) == list(other[number_other[begin] + 1 : number_other[end] + 1])
         if not same and first == last:
-            places.append(_Place(one[first], extra))
+            places.append(_Place(one[first], extra, one[first] in one[:first]))
             near = BEHIND
         elif same and near:
-            places[-1] = _Place(places[-1].token, places[-1].nats + extra)
+            places[-1] = replace(places[-1], nats=places[-1].nats + extra)
             near -= 1
         else:
             left, near = left + extra, 0

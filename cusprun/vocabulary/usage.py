@@ -16,13 +16,17 @@ import numpy as np
 
 BATCH = 64  # texts tokenized at a time
 MODEL_SHARE = 0.5  # of the expected rate that is the model's
+STRETCH = 512  # tokens within which a token that comes again is told apart from the first of its kind
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a text: ``counts`` (rows,) int64, over ``n_bytes`` of UTF-8."""
+    """Tokens of a text over ``n_bytes`` of UTF-8: ``counts`` (rows,) int64, and ``firsts``, those of them that are the
+    first of their kind within STRETCH tokens.
+    """
 
     counts: np.ndarray
+    firsts: np.ndarray
     n_bytes: int
 
     @property
@@ -35,27 +39,35 @@ def count_tokens(texts: Iterable[str], tokenizer: Any, rows: int) -> Usage:
 
     Nothing is added in front or behind; the texts of special tokens count as these.
     """
-    counts = np.zeros(rows, dtype=np.int64)
+    counts, firsts = np.zeros(rows, dtype=np.int64), np.zeros(rows, dtype=np.int64)
     n_bytes = 0
     stream = iter(texts)
     while batch := list(islice(stream, BATCH)):
         n_bytes += sum(len(text.encode("utf-8", "replace")) for text in batch)
         for encoding in tokenizer.backend_tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-            counts += np.bincount(encoding.ids, minlength=rows)[:rows]
-    return Usage(counts, n_bytes)
+            ids = np.array(encoding.ids, dtype=np.int64)
+            for start in range(0, len(ids), STRETCH):
+                found, times = np.unique(ids[start : start + STRETCH], return_counts=True)
+                counts[found] += times
+                firsts[found] += 1
+    return Usage(counts, firsts, n_bytes)
 
 
 def expected_rates(
-    usages: Mapping[str, Usage], weights: Mapping[str, float], probability: Mapping[str, np.ndarray] | None = None
+    usages: Mapping[str, Usage],
+    weights: Mapping[str, float],
+    probability: Mapping[str, np.ndarray] | None = None,
+    again: float = 1.0,
 ) -> np.ndarray:
     """Expected occurrences of each token in a byte of text, (rows,) float64, corpora mixed by ``weights``.
 
-    ``probability`` gives the model's mean probability of each token at a position, (rows,), by corpus.
+    ``probability`` gives the model's mean probability of each token at a position, (rows,), by corpus; ``again`` is
+    what an occurrence counts that is not the first within STRETCH tokens.
     """
     total = sum(weights.values())
     rates = np.zeros(next(iter(usages.values())).counts.shape[0])
     for name, usage in usages.items():
-        seen = usage.counts / max(usage.n_bytes, 1)
+        seen = (usage.firsts + again * (usage.counts - usage.firsts)) / max(usage.n_bytes, 1)
         if probability is not None:
             seen = (1 - MODEL_SHARE) * seen + MODEL_SHARE * probability[name] * (usage.tokens / max(usage.n_bytes, 1))
         rates += weights[name] / total * seen

@@ -30,6 +30,7 @@ from cusprun.vocabulary import (
     trim_model,
 )
 from cusprun.vocabulary.splits import WARM, _compare, _fit, _losses, _padded, _read
+from cusprun.vocabulary.usage import STRETCH
 from tests.pico import SENTENCES, save_model
 from tests.vocabulary.tokenizers_made import DECLARATION, KINDS, make
 
@@ -45,16 +46,23 @@ def test_counts_are_those_of_the_tokenizer(dense: Path) -> None:
     tokenizer = load_tokenizer(dense)
     texts = [*SENTENCES * 20, "<|im_start|>user\nä<|im_end|>"]
     usage = count_tokens(iter(texts), tokenizer, read_pieces(dense).rows)
-    expected = np.zeros(read_pieces(dense).rows, dtype=int)
+    expected, firsts = np.zeros((2, read_pieces(dense).rows), dtype=int)
     for text in texts:
-        np.add.at(expected, tokenizer(text, add_special_tokens=False)["input_ids"], 1)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        np.add.at(expected, ids, 1)
+        firsts[list(set(ids))] += 1
     assert (usage.counts == expected).all()
+    assert (usage.firsts == firsts).all()
+    twice = count_tokens([" a" * STRETCH * 2], tokenizer, read_pieces(dense).rows)
+    assert (twice.counts.max(), twice.firsts.max()) == (2 * STRETCH, 2)
     assert usage.n_bytes == sum(len(text.encode()) for text in texts)
 
 
 def test_expected_rates_mix_corpora_and_the_model() -> None:
-    usages = {"a": Usage(np.array([8, 0]), 16), "b": Usage(np.array([0, 4]), 8)}
+    one, other = np.array([1, 0]), np.array([0, 4])
+    usages = {"a": Usage(np.array([8, 0]), one, 16), "b": Usage(other, other, 8)}
     assert np.allclose(expected_rates(usages, {"a": 3, "b": 1}), [0.75 * 0.5, 0.25 * 0.5])
+    assert np.allclose(expected_rates(usages, {"a": 3, "b": 1}, again=0.5), [0.75 * 4.5 / 16, 0.25 * 0.5])
     probability = {"a": np.array([0.5, 0.5]), "b": np.array([0.0, 1.0])}
     found = expected_rates(usages, {"a": 1, "b": 1}, probability)
     assert np.allclose(found, [0.5 * (0.5 * 0.5 + 0.5 * 0.25), 0.5 * (0.5 * 0.25) + 0.5 * 0.5])
@@ -104,7 +112,7 @@ def test_padding_goes_first(dense: Path) -> None:
     pieces = read_pieces(dense)
     usages = {name: count_tokens(texts, load_tokenizer(dense), pieces.rows) for name, texts in TEXTS.items()}
     flat = {name: np.full(pieces.rows, 1 / pieces.rows) for name in TEXTS}
-    costs = SplitCosts(np.ones(pieces.rows), flat, 1, 1.0, 0.0, 1.0, 1)
+    costs = SplitCosts(np.ones(pieces.rows), 1.0, flat, 1, 1.0, 0.0, 1.0, 1)
     prices = set_prices(pieces, usages, {"scenario": 1.0, "language": 1.0}, costs)
     padding = {identity for identity, text in enumerate(pieces.texts) if text is None}
     assert len(padding) == 5
@@ -155,6 +163,10 @@ def test_every_nat_of_a_split_is_accounted_for(tmp_path: Path, kind: str) -> Non
     places, left = _compare(pieces, one, other, nats, nats_other)
     assert len(places) > 10
     assert all(place.token in one and place.token not in kept for place in places)
+    met: set[int] = set()
+    for place in places:
+        assert place.again or place.token not in met
+        met.add(place.token)
     ends = np.cumsum([len(pieces.bytes[identity]) for identity in one]).tolist()
     ends_other = np.cumsum([len(pieces.bytes[identity]) for identity in other]).tolist()
     first = next(end for number, end in enumerate(ends) if number >= WARM - 1 and end in ends_other)

@@ -1,0 +1,265 @@
+"""What do fewer tokens cost? Trimmed by frequency and by expected loss, at several sizes, in bits per byte.
+
+    python -m cusprun.benchmarks.peers.vocabulary --out docs/results/vocabulary
+
+Prices come from calibration-side text alone. Every vocabulary then reads the same bytes of held-out text: windows of
+512 tokens as the dense tokenizer cuts them, at even distances, of which the second half is scored. Writes <out>.json,
+<out>.csv and <out>.md; a cell that is there already is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cusprun.checkpoint import load_model, load_tokenizer
+from cusprun.corpora.cache import cache_folder
+from cusprun.corpora.catalog import cell, make_scenario
+from cusprun.corpora.document import Scenario
+from cusprun.corpora.packing import pack_windows, render
+from cusprun.corpora.sampling import dimension_corpora, evaluation_texts, general_text
+from cusprun.corpora.selection import Selection
+from cusprun.dense import Dense, find_dense
+from cusprun.files import write_json, written_whole
+from cusprun.progress import say, track
+from cusprun.recipe import DEFAULT_MODEL, DEFAULT_TOKENS, WINDOW
+from cusprun.vocabulary import (
+    VocabularyPrices,
+    count_tokens,
+    expected_rates,
+    load_prices,
+    order_removals,
+    price_vocabulary,
+    read_pieces,
+    trim_model,
+)
+
+REMOVED = (8192, 16384, 24576)  # rows
+WEIGHTS = {"scenario": 0.7, "language": 0.3}  # chosen on calibration-side documents set aside
+METHODS = {
+    "frequency": f"counts in {DEFAULT_TOKENS} calibration tokens, the later token of equal ones first",
+    "frequency, all text": "counts in all calibration-side text",
+    "expected loss": "expected count x measured cost of the split, in all calibration-side text",
+}
+
+
+@dataclass(frozen=True)
+class Window:
+    """Text to read and the text behind it whose bytes are scored."""
+
+    before: str
+    scored: str
+
+
+def priced_texts(scenario: Scenario, tokenizer: Any) -> dict[str, list[str]]:
+    """Calibration-side documents of the scenario's own cell, and all others in its language, as the model has them."""
+    mine = {entry.name for entry in cell(scenario)}
+    corpora = [*dimension_corpora(scenario).values(), general_text(scenario)]
+    documents = {item.document.id: item.document for corpus in corpora for item in corpus}
+    texts: dict[str, list[str]] = {"scenario": [], "language": []}
+    for _, document in sorted(documents.items()):
+        if document.entry in mine:
+            texts["scenario"].append(render(document, tokenizer))
+        elif document.language == (scenario.language or "en"):
+            texts["language"].append(render(document, tokenizer))
+    return texts
+
+
+def cut_windows(documents: Sequence[str], tokenizer: Any, count: int) -> list[Window]:
+    """``count`` windows of WINDOW dense tokens at even distances over the joined documents, cut before blanks."""
+    text = "\n\n".join(documents)
+    starts = [start for start, _ in tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets]
+    whole = len(starts) // WINDOW
+
+    def blank(number: int) -> int:
+        while number < len(starts) and not text[starts[number]].isspace():
+            number += 1
+        return starts[number] if number < len(starts) else len(text)
+
+    windows = []
+    for index in range(min(count, whole)):
+        first = (index * whole // min(count, whole)) * WINDOW
+        begin, middle, end = (blank(first + part) for part in (0, WINDOW // 2, WINDOW))
+        windows.append(Window(text[begin:middle], text[middle:end]))
+    return windows
+
+
+def score(folder: Path, windows: dict[str, list[Window]]) -> dict[str, list[float]]:
+    """Nats of the scored text of each window, by text."""
+    import torch
+
+    tokenizer, model = load_tokenizer(folder), load_model(folder)
+    found: dict[str, list[float]] = {}
+    for name, cut in windows.items():
+        found[name] = []
+        for window in track(cut, f"{name}: {folder.name}", total=len(cut)):
+            before, scored = (
+                tokenizer(text, add_special_tokens=False)["input_ids"] for text in (window.before, window.scored)
+            )
+            with torch.inference_mode():
+                ids = torch.tensor([[*before, *scored]])
+                logits = model(ids[:, :-1], use_cache=False, logits_to_keep=len(scored)).logits[0].double()
+                nats = torch.nn.functional.cross_entropy(logits, torch.tensor(scored), reduction="sum")
+            found[name].append(float(nats))
+    return found
+
+
+def compare(nats: Sequence[float], dense: Sequence[float], n_bytes: int) -> dict[str, float]:
+    """Bits per byte, its increase over dense, and the increase's standard error over the windows, which both saw."""
+    one, other = np.array(nats), np.array(dense)
+    increase = float(one.sum() / other.sum() - 1)
+    rest = one - other * (1 + increase)
+    error = float(np.sqrt((rest**2).sum() * len(one) / max(len(one) - 1, 1)) / other.sum())
+    return {"bits_per_byte": float(one.sum()) / math.log(2) / n_bytes, "increase": increase, "stderr": error}
+
+
+def removal_orders(
+    dense: Dense, scenario: Scenario, texts: dict[str, list[str]], work: Path
+) -> tuple[dict[str, np.ndarray], VocabularyPrices]:
+    """For each method the ids in the order in which they go; and the prices, kept in ``work``."""
+    path = work / f"prices-{dense.key[:16]}.safetensors"
+    if not path.is_file():
+        price_vocabulary(dense.folder, texts, WEIGHTS).save(path)
+    prices = load_prices(path)
+    tokenizer, pieces = load_tokenizer(dense.folder), read_pieces(dense.folder)
+    corpora = dimension_corpora(scenario)
+    windows = [pack_windows(each, tokenizer, DEFAULT_TOKENS // len(corpora), WINDOW, 0) for each in corpora.values()]
+    sampled = np.bincount(np.concatenate(windows).ravel(), minlength=pieces.rows).astype(np.float64)
+    usages = {name: count_tokens(documents, tokenizer, pieces.rows) for name, documents in texts.items()}
+    orders = {
+        "frequency": order_removals(pieces, sampled),
+        "frequency, all text": order_removals(pieces, expected_rates(usages, WEIGHTS)),
+        "expected loss": prices.order,
+    }
+    return orders, prices
+
+
+def study(out: Path, tokens: int, removals: Sequence[int], scenario: Scenario) -> dict[str, Any]:
+    """All cells; continues what ``out``.json holds."""
+    dense = find_dense(DEFAULT_MODEL)
+    path = out.with_suffix(".json")
+    key = Selection(scenario, (), {}, (), DEFAULT_TOKENS, WINDOW, 1, 0).key()
+    settings = {
+        "scenario": str(scenario), "model": dense.id, "tokens": tokens, "weights": WEIGHTS, "text": key,
+        "parameters": dense.anatomy.parameters,
+    }  # fmt: skip
+    found: dict[str, Any] = {"settings": settings, "dense": {}, "cells": []}
+    if path.is_file() and (saved := json.loads(path.read_text(encoding="utf-8")))["settings"] == settings:
+        found = saved
+    tokenizer = load_tokenizer(dense.folder)
+    texts = priced_texts(scenario, tokenizer)
+    orders, prices = removal_orders(dense, scenario, texts, cache_folder() / "studies" / "vocabulary" / key[:16])
+    held_out = {
+        name: cut_windows([render(document, tokenizer) for document in documents], tokenizer, tokens // WINDOW)
+        for name, documents in evaluation_texts(scenario).items()
+    }
+    n_bytes = {name: sum(len(window.scored.encode()) for window in cut) for name, cut in held_out.items()}
+    found["prices"] = prices.note
+    if not found["dense"]:
+        found["dense"] = {"nats": score(dense.folder, held_out), "bytes": n_bytes}
+        write_json(path, found)
+    done = {(row["method"], row["removed"]) for row in found["cells"]}
+    for removed in removals:
+        for method, order in orders.items():
+            if (method, removed) in done:
+                continue
+            kept = np.setdiff1d(np.arange(prices.rows), order[:removed]).tolist()
+            with tempfile.TemporaryDirectory() as scratch:
+                trim_model(dense.folder, kept, Path(scratch) / "trimmed")
+                nats = score(Path(scratch) / "trimmed", held_out)
+            row = {
+                "method": method,
+                "removed": removed,
+                "share": removed * dense.anatomy.hidden_size / dense.anatomy.parameters,
+                "texts": {name: compare(nats[name], found["dense"]["nats"][name], n_bytes[name]) for name in nats},
+            }
+            if method == "expected loss":
+                row["expected"] = float(prices.curve[removed]) / prices.dense_nats
+            found["cells"].append(row)
+            write_json(path, found)
+            say(f"{method}, {removed} rows: " + ", ".join(f"{n} {v['increase']:+.2%}" for n, v in row["texts"].items()))
+    return found
+
+
+def as_csv(found: dict[str, Any]) -> str:
+    """One line for each method, size and text."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["method", "removed_rows", "share_of_parameters", "text", "bits_per_byte", "increase", "stderr"])
+    for row in found["cells"]:
+        for name, values in row["texts"].items():
+            figures = [f"{values[key]:.5f}" for key in ("bits_per_byte", "increase", "stderr")]
+            writer.writerow([row["method"], row["removed"], f"{row['share']:.4f}", name, *figures])
+    return text.getvalue()
+
+
+def as_page(found: dict[str, Any], out: Path) -> str:
+    """The table for people."""
+    settings, dense, note = found["settings"], found["dense"], found["prices"]
+    names = list(dense["nats"])
+    bits = {name: sum(dense["nats"][name]) / math.log(2) / dense["bytes"][name] for name in names}
+    rows = [
+        "| rows removed | of all parameters | chosen by | " + " | ".join(names) + " |",
+        "| ---: | ---: | --- |" + " ---: |" * len(names),
+        "| 0 | 0 % | dense | " + " | ".join(f"{bits[name]:.4f}" for name in names) + " |",
+    ]
+    for row in sorted(found["cells"], key=lambda row: row["removed"]):
+        cells = [
+            f"{values['bits_per_byte']:.4f} ({values['increase']:+.2%} ± {values['stderr']:.2%})"
+            for values in (row["texts"][name] for name in names)
+        ]
+        rows.append(f"| {row['removed']} | {row['share']:.1%} | {row['method']} | " + " | ".join(cells) + " |")
+    expected = "; ".join(f"{row['removed']} rows {row['expected']:+.2%}" for row in found["cells"] if "expected" in row)
+    return "\n".join(
+        [
+            "# Fewer tokens",
+            "",
+            f"`python -m cusprun.benchmarks.peers.vocabulary --out {out}`",
+            "",
+            f"{settings['model']}, {settings['scenario']}; bits per byte of held-out text and, in brackets, the "
+            f"increase over dense with its standard error over the windows. Up to {settings['tokens']} dense tokens of "
+            f"each text are read and the second half of each window of {WINDOW} is scored, the same bytes for every "
+            "vocabulary.",
+            "",
+            *rows,
+            "",
+            *(f"- {name}: {what}." for name, what in METHODS.items()),
+            "",
+            f"Splits were measured on {note['sample_tokens']} tokens at {note['places']} places: "
+            f"{note['mean_nats']:.2f} nats on the mean ({note['again']:.0%} of it where the token had been split "
+            "in the same window before), of whose variance the regression explains "
+            f"{note['explained']:.0%}. Increase that the prices expect, on the priced mixture of texts "
+            f"({settings['weights']}): {expected}.",
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/vocabulary"))
+    parser.add_argument("--tokens", type=int, default=8192, help="dense tokens of each held-out text")
+    parser.add_argument("--removed", type=int, nargs="+", default=REMOVED, help="rows that go")
+    parser.add_argument("--lang", default="en")
+    parser.add_argument("--domain", default="legal")
+    parser.add_argument("--task", default="qa")
+    options = parser.parse_args()
+    scenario = make_scenario(options.lang, options.domain, options.task)
+    found = study(options.out, options.tokens, options.removed, scenario)
+    for suffix, text in ((".csv", as_csv(found)), (".md", as_page(found, options.out))):
+        with written_whole(options.out.with_suffix(suffix)) as part:
+            part.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
