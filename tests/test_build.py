@@ -118,7 +118,7 @@ def test_calibration_text_is_not_evaluated_on(expert: Path, pico_model: Path) ->
 def test_the_same_command_keeps_every_stage(expert: Path, pico_model: Path, own_text: Path) -> None:
     before = artifacts(expert)
     done = run("build", "--model", pico_model, "--corpus", own_text, "--out", expert, "--ratio", 0.3, *MEASURED)
-    for stage in ("text", "statistics", "plan", "refit", "model", "gguf.f32", "speed.f32", "quality.f32"):
+    for stage in ("text", "sensitivity", "prices", "spend", "refit", "model", "gguf.f32", "speed.f32", "quality.f32"):
         assert f"{stage}: done before, kept" in done.stderr
     assert artifacts(expert) == before
     assert "decode" in done.stdout  # the table
