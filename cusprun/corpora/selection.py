@@ -16,7 +16,7 @@ import numpy as np
 
 from cusprun.corpora.catalog import load_catalog
 from cusprun.corpora.document import Document, OwnText, Question, Scenario, WeightedDocument, fingerprint
-from cusprun.corpora.packing import pack_windows, render
+from cusprun.corpora.packing import FEWEST, pack_windows, render
 from cusprun.corpora.parsers import VERSION
 from cusprun.corpora.sampling import dimension_corpora, evaluation_texts, general_text, questions
 from cusprun.errors import InvalidRequest
@@ -75,14 +75,17 @@ class Selection:
         }
 
     def shares(self, dimensions: Sequence[str]) -> dict[str, int]:
-        """Calibration tokens of each dimension; the general text has its share, the weights split the rest."""
+        """Calibration tokens of each dimension, the fewest windows at least.
+
+        The general text has its share, the weights split the rest.
+        """
         own = [name for name in dimensions if name != GENERAL or not self.general or len(dimensions) == 1]
         general = self.general if len(own) < len(dimensions) else 0.0
         total = sum(self.weights.get(name, 1.0) for name in own)
         parts = {name: (1 - general) * self.weights.get(name, 1.0) / total for name in own}
         if general:
             parts[GENERAL] = general
-        return {name: int(self.tokens * part) for name, part in parts.items()}
+        return {name: max(int(self.tokens * part), FEWEST * self.window) for name, part in parts.items()}
 
     def _aside(self, corpora: Mapping[str, list[WeightedDocument]], tokenizer: Any) -> dict[str, np.ndarray]:
         """Windows of the documents set aside, where a dimension has enough of them."""

@@ -95,3 +95,16 @@ def test_the_fingerprint_follows_text_and_weights() -> None:
     assert fingerprint([one, other]) == fingerprint([one, other])
     assert fingerprint([one]) != fingerprint([other])
     assert fingerprint([WeightedDocument(one, 1.0)]) != fingerprint([WeightedDocument(one, 0.5)])
+
+
+def test_shares_of_the_dimensions() -> None:
+    from cusprun.corpora.document import Scenario
+    from cusprun.corpora.selection import Selection
+
+    scenario = Scenario("en", "legal", "qa")
+    selection = Selection(scenario, (), {}, (), 16000, 128, 1, 0, general=0.25, weights={"domain": 2.0})
+    shares = selection.shares(["language", "domain", "task", "general"])
+    assert shares == {"language": 3000, "domain": 6000, "task": 3000, "general": 4000}
+    assert selection.shares(["general"]) == {"general": 16000}  # no dimension: all of it
+    few = Selection(scenario, (), {}, (), 2048, 128, 1, 0, general=0.01).shares(["language", "general"])
+    assert few["general"] == 4 * 128
