@@ -14,7 +14,7 @@ from cusprun.benchmarks.peers.study_page import Row, percent
 from cusprun.benchmarks.peers.study_picture import curves
 
 METHODS = ("cus-prun", "refit")
-EPSILONS = (0.005, 0.01, 0.015, 0.02, 0.03, 0.05)
+EPSILONS = (0.003, 0.004, 0.005, 0.006, 0.0075, 0.01)  # next to nothing to half of SmolLM2-135M
 
 
 def cells(scenes: Sequence[Scene], tokens: int) -> list[Cell]:

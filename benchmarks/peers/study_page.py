@@ -154,7 +154,7 @@ def page(
         f"{Path(options.model).name}, {options.tokens:,} calibration tokens in windows of {options.window} unless a "
         f"column says otherwise; figures are the increase of bits per byte over the dense model in %, on "
         f"{options.eval_tokens:,} tokens of each text, second half of windows of 512, model folders in torch "
-        f"({options.device}): " + "; ".join(f"*{text}* {COLUMNS[text]}" for text in texts if text in COLUMNS)
+        f"({options.device})" + "".join(f"; *{text}*: {COLUMNS[text]}" for text in texts if text in COLUMNS)
         + ". The seconds are those of the prune's stages, those shared with other cells included.",
     ]  # fmt: skip
     if said := study.sentences(rows):
