@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ class Cut:
 
     # text and vocabulary ---------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def selection(self) -> Selection:
         prepared, recipe = self.prepared, self.recipe
         return Selection(

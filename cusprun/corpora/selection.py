@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class Selection:
         values = [VERSION, asdict(self.scenario), own, dims, self.include, sizes, catalog]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
+    @cached_property
     def corpora(self) -> dict[str, list[WeightedDocument]]:
         """Calibration documents by dimension; ``general`` joins them where it has a share and the language has text.
 
@@ -71,7 +73,7 @@ class Selection:
         """All calibration documents by dimension, rendered for the tokenizer; those set aside are not among them."""
         return {
             name: [render(item.document, tokenizer) for item in _used(documents, aside=False)]
-            for name, documents in self.corpora().items()
+            for name, documents in self.corpora.items()
         }
 
     def shares(self, dimensions: Sequence[str]) -> dict[str, int]:
@@ -107,7 +109,7 @@ class Selection:
         """
         from safetensors.numpy import save_file
 
-        corpora = self.corpora()
+        corpora = self.corpora
         windows = {
             name: pack_windows(_used(corpora[name], aside=False), tokenizer, tokens, self.window, self.seed)
             for name, tokens in self.shares(list(corpora)).items()
