@@ -257,7 +257,7 @@ def test_instability() -> None:
 
 
 def test_own_text_has_no_company(own_text: Path) -> None:
-    windows = own_scene(own_text).selection(64).corpora()
+    windows = own_scene(own_text).selection(64).corpora
     assert list(windows) == ["domain"]
     assert {item.document.entry for item in windows["domain"]} == {"file:contracts.txt"}
 
