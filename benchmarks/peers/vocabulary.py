@@ -177,7 +177,7 @@ def study(out: Path, tokens: int, removals: Sequence[int], scenario: Scenario) -
             with tempfile.TemporaryDirectory() as scratch:
                 trim_model(dense.folder, kept, Path(scratch) / "trimmed")
                 nats = score(Path(scratch) / "trimmed", held_out)
-            row = {
+            row: dict[str, Any] = {
                 "method": method,
                 "removed": removed,
                 "share": removed * dense.anatomy.hidden_size / dense.anatomy.parameters,
