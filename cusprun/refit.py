@@ -15,6 +15,7 @@ The ridge λ and α are those that, fitted on either half of the windows, leave 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -131,37 +132,47 @@ class _Refit:
     def run(self, chosen: list[LayerPlan]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the new matrices by name, float32, and appends what each layer keeps to ``chosen``."""
         for index in track(range(len(self.widths)), f"refit, {self.form}, layer by layer"):
-            with self.model.layer(index) as layer:
-                yield from self._layer(index, layer, chosen)
+            yield from self._layer(index, chosen)
             for name, streams in self.streams.items():
                 if not torch.isfinite(streams.compact[-1]).all():
                     raise Failed(f"layer {index} gives values that are not finite on the {name} text")
 
-    def _layer(self, index: int, layer: Any, chosen: list[LayerPlan]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _layer(self, index: int, chosen: list[LayerPlan]) -> Iterator[tuple[str, torch.Tensor]]:
         before, after = self.model.anatomy.layers[index], self.widths[index]
         run = before.queries_per_kv * self.model.anatomy.head_dim
         kept: dict[Kind, list[int]] = {"attention": list(range(before.kv_heads)), "ffn": list(range(before.ffn))}
         for kind, action in self.parts[index].items():
-            part = _Part(self.model, layer, kind)
             if action == "keep":
-                self._keep(part)
-            elif action == "leave out" or after is None:
+                with self._part(index, kind) as part:
+                    self._keep(part)
+                continue
+            if action == "leave out" or after is None:
                 kept[kind] = []
-                self._leave_out(part)
-            else:
+                with self._part(index, kind) as part:
+                    self._leave_out(part)
+                continue
+            with self._part(index, kind) as part:
                 matrix = part.matrix
                 moments = self._moments(part, matrix.shape[1])
-                judges, agreement = (gram.mean(0, 1) for gram in moments.values()), self._agreement()
-                if kind == "attention":
-                    kept[kind] = choose_groups(matrix, judges, [after.kv_heads], run, agreement)[0]
-                    columns = group_columns(kept[kind], run)
-                else:
-                    kept[kind] = choose_columns(matrix, judges, [after.ffn], agreement)[0]
-                    columns = torch.tensor(kept[kind])
-                fitted = fit(matrix, _total(moments), columns)
-                yield f"{self.model.anatomy.prefix(index)}{MATRICES[kind]}.weight", fitted
-                self._replace(part, columns, fitted)
+            judges, agreement = (gram.mean(0, 1) for gram in moments.values()), self._agreement()
+            if kind == "attention":
+                kept[kind] = choose_groups(matrix, judges, [after.kv_heads], run, agreement)[0]
+                columns = group_columns(kept[kind], run)
+            else:
+                kept[kind] = choose_columns(matrix, judges, [after.ffn], agreement)[0]
+                columns = torch.tensor(kept[kind])
+            fitted = fit(matrix, _total(moments), columns)
+            yield f"{self.model.anatomy.prefix(index)}{MATRICES[kind]}.weight", fitted
+            if self.form == "sequential":
+                with self._part(index, kind) as part:
+                    self._replace(part, columns, fitted)
         chosen.append(LayerPlan(tuple(kept["ffn"]), tuple(kept["attention"])))
+
+    @contextmanager
+    def _part(self, index: int, kind: Kind) -> Iterator[_Part]:
+        """The part with its weights; these leave memory after, before moments are worked on."""
+        with self.model.layer(index) as layer:
+            yield _Part(self.model, layer, kind)
 
     # the three things that can happen to a part of a layer ------------------------------------------------------------
 
@@ -208,8 +219,6 @@ class _Refit:
 
     def _replace(self, part: _Part, columns: torch.Tensor, fitted: torch.Tensor) -> None:
         """Takes the compacted stream through the part with only the kept columns, at their new values."""
-        if self.form == "parallel":
-            return
         for streams in self.streams.values():
             held = iter(streams.held)
             for compact in _batches(streams.compact):
