@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,12 @@ import numpy as np
 import torch
 
 from cusprun.anatomy import Anatomy
+from cusprun.arithmetic import bfloat16_layers
 from cusprun.checkpoint import Weights
 from cusprun.errors import InvalidRequest
 from cusprun.memory import release_freed
+
+HELD_BYTES = 2**29  # of all layers together, at most, for weights to stay in memory once they were read
 
 
 def check_window(config: Any, window: int) -> None:
@@ -27,13 +30,16 @@ def check_window(config: Any, window: int) -> None:
 
 
 class LayerwiseModel:
-    """The model of a folder in float32, of which one layer's weights are in memory."""
+    """The model of a folder in float32, of which one layer's weights are in memory; all of them where they are few.
 
-    def __init__(self, folder: Path, anatomy: Anatomy, device: str = "cpu") -> None:
+    ``fast`` layers take their matrix products in bfloat16 where the processor has units for them.
+    """
+
+    def __init__(self, folder: Path, anatomy: Anatomy, device: str = "cpu", *, fast: bool = False) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.anatomy = anatomy
-        self.device = device
+        self.device, self.fast = device, fast
         self.weights = Weights(folder)
         self.config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
@@ -41,6 +47,9 @@ class LayerwiseModel:
                 self.config, dtype=torch.float32, attn_implementation="sdpa"
             ).eval()
         self.layers = skeleton.model.layers
+        self._stay = 4 * sum(parameter.numel() for parameter in self.layers.parameters()) <= HELD_BYTES
+        self._loaded: set[int] = set()
+        self._output: torch.Tensor | None = None
         self._norm = skeleton.model.norm
         self._rotary = type(skeleton.model.rotary_emb)(self.config).to(device)
         self._positions: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -64,22 +73,33 @@ class LayerwiseModel:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[Any]:
-        """The decoder layer with its weights inside; a bare skeleton again after."""
+        """The decoder layer with its weights inside; a bare skeleton again after, where not all may stay."""
+        if index in self._loaded:
+            yield self.layers[index]
+            return
         prefix = self.anatomy.prefix(index)
         layer = self.layers[index].to_empty(device=self.device)
         try:
             with torch.no_grad():
                 for name, parameter in layer.state_dict().items():  # one after the other: no second copy of the layer
                     parameter.copy_(self.weights[prefix + name])
+            if self._stay:
+                self._loaded.add(index)
             yield layer
         finally:
-            layer.to("meta")
-            release_freed()
+            if not self._stay:
+                layer.to("meta")
+                release_freed()
 
     def forward(self, layer: Any, states: torch.Tensor) -> torch.Tensor:
         """``states``, (n, window, hidden), through one loaded layer."""
-        out: torch.Tensor = layer(states, attention_mask=None, position_embeddings=self.positions(states.shape[1]))
+        with self.products():
+            out: torch.Tensor = layer(states, attention_mask=None, position_embeddings=self.positions(states.shape[1]))
         return out
+
+    def products(self) -> AbstractContextManager[Any]:
+        """What a layer, or a part of one, works within."""
+        return bfloat16_layers(self.device) if self.fast else nullcontext()
 
     @contextmanager
     def head(self) -> Iterator[Any]:
@@ -89,7 +109,9 @@ class LayerwiseModel:
         with torch.no_grad():
             norm.weight.copy_(self.weights[family.final_norm])
         name = family.embedding if self.anatomy.tied else family.output
-        matrix = self.weights[name].float().to(self.device)
+        matrix = self._output if self._output is not None else self.weights[name].float().to(self.device)
+        if self._stay:
+            self._output = matrix
         yield lambda states: norm(states) @ matrix.T
         norm.to("meta")
         release_freed()

@@ -20,7 +20,7 @@ from cusprun.files import written_whole
 
 DEFAULT_RATIO = 0.25
 DEFAULT_MODEL = "smollm2-135m-instruct"
-DEFAULT_TOKENS = 49152
+DEFAULT_TOKENS = 65536
 WINDOW = 512
 
 Quant = Literal["f32", "f16", "q8_0", "q4_0", "q4_1", "q4_k_m"]

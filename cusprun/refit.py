@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from cusprun.anatomy import Anatomy, LayerWidths
+from cusprun.arithmetic import bfloat16_products
 from cusprun.checkpoint import write_weights
 from cusprun.errors import Failed
 from cusprun.files import folder_written_whole
@@ -66,7 +67,7 @@ def refit(
     """
     chosen: list[LayerPlan] = []
     with folder_written_whole(out) as part:
-        work = _Refit(LayerwiseModel(dense, anatomy, device), widths, windows, form, combine)
+        work = _Refit(LayerwiseModel(dense, anatomy, device, fast=True), widths, windows, form, combine)
         write_weights(part, work.run(chosen), work.sizes())
     return make_plan(anatomy, tuple(chosen))
 
@@ -132,7 +133,8 @@ class _Refit:
     def run(self, chosen: list[LayerPlan]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the new matrices by name, float32, and appends what each layer keeps to ``chosen``."""
         for index in track(range(len(self.widths)), f"refit, {self.form}, layer by layer"):
-            yield from self._layer(index, chosen)
+            with bfloat16_products(self.model.device):
+                yield from self._layer(index, chosen)
             for name, streams in self.streams.items():
                 if not torch.isfinite(streams.compact[-1]).all():
                     raise Failed(f"layer {index} gives values that are not finite on the {name} text")
@@ -250,17 +252,18 @@ class _Part:
     def __call__(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``states`` is (n, window, hidden); returns (n * window, columns) and (n, window, hidden)."""
         seen: list[torch.Tensor] = []
-        handle = self._last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
+        handle = self._last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1).float()))
         try:
-            if self.kind == "attention":
-                normed = self.layer.input_layernorm(states)
-                positions = self.model.positions(states.shape[1])
-                added = self.layer.self_attn(normed, position_embeddings=positions, attention_mask=None)[0]
-            else:
-                added = self.layer.mlp(self.layer.post_attention_layernorm(states))
+            with self.model.products():
+                if self.kind == "attention":
+                    normed = self.layer.input_layernorm(states)
+                    positions = self.model.positions(states.shape[1])
+                    added = self.layer.self_attn(normed, position_embeddings=positions, attention_mask=None)[0]
+                else:
+                    added = self.layer.mlp(self.layer.post_attention_layernorm(states))
         finally:
             handle.remove()
-        return seen[0], added
+        return seen[0], added.float()
 
 
 def _batches(states: torch.Tensor) -> Iterator[torch.Tensor]:

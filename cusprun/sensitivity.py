@@ -19,6 +19,7 @@ import torch
 
 from cusprun.anatomy import Anatomy, LayerWidths
 from cusprun.anatomy.structure import MIN_FFN
+from cusprun.arithmetic import bfloat16_products
 from cusprun.gram import Gram
 from cusprun.layerwise import LayerwiseModel
 from cusprun.least_squares import refitted
@@ -85,19 +86,28 @@ def measure(
     ``deep`` measures the narrowest FFN too. Attention going whole, and the layer, are measured where one kv head less
     than all is not dear already. Raises what :func:`cusprun.statistics.walk` raises.
     """
-    model = LayerwiseModel(dense, anatomy, device)
-    reference = _reference(model, probes)
-    effects: list[dict[Cut, _Effect]] = []
-    for index, batches in walk(dense, anatomy, {**windows, PROBES: probes}, label="sensitivity", device=device):
-        cuts = _Cuts(model, index, batches)
-        found = _effects(model, index + 1, cuts.narrower(deep), reference, probes)
-        if index and cuts.worth_dropping({cut: effect.divergence for cut, effect in found.items()}):
-            found |= _effects(model, index + 1, cuts.whole(), reference, probes)
-        effects.append(found)
+    with bfloat16_products(device):
+        effects = list(_layers(LayerwiseModel(dense, anatomy, device, fast=True), dense, windows, probes, deep))
     every = [effect for layer in effects for effect in layer.values()]
     divergence = sum(effect.divergence for effect in every)
     exchange = max(0.0, sum(effect.loss for effect in every)) / divergence if divergence > 0 else 0.0
     return [_sensitivity(layer, exchange) for layer in effects]
+
+
+def _layers(
+    model: LayerwiseModel, dense: Path, windows: Mapping[str, np.ndarray], probes: np.ndarray, deep: bool
+) -> Iterator[dict[Cut, _Effect]]:
+    """What the cuts of each layer do."""
+    reference = _reference(model, probes)
+    passes = walk(
+        dense, model.anatomy, {**windows, PROBES: probes}, label="sensitivity", device=model.device, fast=True
+    )
+    for index, batches in passes:
+        cuts = _Cuts(model, index, batches)
+        found = _effects(model, index + 1, cuts.narrower(deep), reference, probes)
+        if index and cuts.worth_dropping({cut: effect.divergence for cut, effect in found.items()}):
+            found |= _effects(model, index + 1, cuts.whole(), reference, probes)
+        yield found
 
 
 Cut = tuple[str, int]  # kind of unit and how many stay
@@ -193,7 +203,7 @@ class _Cuts:
 
     @torch.no_grad()
     def _through_ffn(self, states: torch.Tensor) -> torch.Tensor:
-        with self.model.layer(self.index) as layer:
+        with self.model.layer(self.index) as layer, self.model.products():
             added: torch.Tensor = layer.mlp(layer.post_attention_layernorm(states))
         return states + added
 
@@ -216,10 +226,11 @@ def _effects(
     model: LayerwiseModel, start: int, cuts: Mapping[Cut, torch.Tensor], reference: torch.Tensor, probes: np.ndarray
 ) -> dict[Cut, _Effect]:
     """What each cut's states come to once they have gone through layers ``start`` on."""
-    variants = list(cuts.values())
+    states = torch.cat(list(cuts.values()))  # all of them through a layer at once
     for index in range(start, len(model.anatomy.layers)):
         with model.layer(index) as layer:
-            variants = [model.forward(layer, states) for states in variants]
+            states = model.forward(layer, states)
+    variants = states.split(len(probes))
     divergences, losses = [0.0] * len(variants), [0.0] * len(variants)
     scored = torch.arange(0, probes.shape[1] - 1, EVERY)
     with model.head() as head:
@@ -228,8 +239,8 @@ def _effects(
             wanted = torch.log_softmax(head(reference[number, scored]), -1)
             shares = wanted.exp()
             entropy, before = float((shares * wanted).sum()), float(wanted.gather(1, following).sum())
-            for place, states in enumerate(variants):
-                logits = head(states[number, scored])
+            for place, variant in enumerate(variants):
+                logits = head(variant[number, scored])
                 normal = float(logits.logsumexp(-1).sum())
                 losses[place] += before - float(logits.gather(1, following).sum()) + normal
                 divergences[place] += entropy - float((shares * logits).sum()) + normal

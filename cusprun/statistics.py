@@ -48,18 +48,20 @@ def walk(
     label: str,
     device: str = "cpu",
     batch_tokens: int = 2048,
+    fast: bool = False,
 ) -> Iterator[tuple[int, Iterator[Batch]]]:
     """Carries every dimension's windows through the model of ``folder``, one layer after the other, in float32.
 
     Yields each layer's number and its batches; taking the batches moves the hidden states on, so every layer's are to
-    be taken to the end. ``windows`` maps each dimension to token ids, (n, window) int64. Raises InvalidRequest where
-    a window is longer than the model's sliding window or positions, Failed where a hidden state is not finite.
+    be taken to the end. ``windows`` maps each dimension to token ids, (n, window) int64; ``fast`` is as in
+    :class:`cusprun.layerwise.LayerwiseModel`. Raises InvalidRequest where a window is longer than the model's sliding
+    window or positions, Failed where a hidden state is not finite.
     """
     import torch
 
     if not any(len(ids) for ids in windows.values()):
         raise InvalidRequest("there is no text to take statistics of")
-    layers = LayerwiseModel(folder, anatomy, device)
+    layers = LayerwiseModel(folder, anatomy, device, fast=fast)
     hidden = {name: layers.embed(ids) for name, ids in windows.items()}
     check_window(layers.config, max(ids.shape[1] for ids in windows.values()))
     for index in track(range(len(anatomy.layers)), label):
@@ -76,7 +78,7 @@ def _batches(layer: Any, layers: LayerwiseModel, hidden: dict[str, torch.Tensor]
 
     def watch(name: str) -> Any:
         def hook(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-            seen[name] = inputs[0].flatten(0, 1)
+            seen[name] = inputs[0].flatten(0, 1).float()
 
         return hook
 

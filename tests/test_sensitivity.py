@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cusprun import sensitivity
+from cusprun import arithmetic, sensitivity
 from cusprun.anatomy import LayerWidths, describe
 from cusprun.checkpoint import load_model
 from cusprun.compact import compact
@@ -35,6 +35,7 @@ def test_a_dropped_layer_and_lost_attention_cost_what_the_compacted_model_loses(
 ) -> None:
     """Where nothing is refitted the variant is the real model's: divergences, up to one common factor, agree."""
     monkeypatch.setattr(sensitivity, "EVERY", 1)
+    monkeypatch.setattr(arithmetic, "has_bfloat16_units", lambda: False)
     folder = pico.save_model(tmp_path / "dense", **settings)
     anatomy = describe(folder)
     monkeypatch.setattr(

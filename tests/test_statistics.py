@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from cusprun import layerwise
 from cusprun.anatomy import describe
 from cusprun.checkpoint import load_model
 from cusprun.errors import InvalidRequest
 from cusprun.gradients import collect_gradients
+from cusprun.layerwise import LayerwiseModel
 from cusprun.moments import NEEDS, LayerStatistics, Moments, UnitMoments
 from cusprun.statistics import collect, load_statistics, save_statistics, stream
 from tests import pico
@@ -136,14 +138,25 @@ def test_gradients_of_some_windows(pico_model: Path) -> None:
         collect_gradients(pico_model, anatomy, {"text": IDS[:0]})
 
 
-def test_one_layer_of_weights_at_a_time(pico_model: Path) -> None:
-    from cusprun.layerwise import LayerwiseModel
-
+def test_one_layer_of_weights_at_a_time(pico_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layerwise, "HELD_BYTES", 0)
     model = LayerwiseModel(pico_model, describe(pico_model))
     with model.layer(1):
         real = [not next(layer.parameters()).is_meta for layer in model.layers]
     assert real == [False, True, False]
     assert all(parameter.is_meta for layer in model.layers for parameter in layer.parameters())
+
+
+def test_layers_that_all_fit_are_read_once(pico_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LayerwiseModel(pico_model, describe(pico_model))
+    read: list[str] = []
+    take = type(model.weights).__getitem__
+    monkeypatch.setattr(type(model.weights), "__getitem__", lambda self, name: (read.append(name), take(self, name))[1])
+    for _ in range(2):
+        with model.layer(1), model.head():
+            pass
+    assert len(read) == len(set(read)) + 1  # the final norm, a handful of numbers, is read again
+    assert any(name.startswith("model.layers.1.") for name in read)
 
 
 def test_moments_in_blocks() -> None:

@@ -101,7 +101,7 @@ def measure_splits(
             whole = [encoding.ids for encoding in dense.encode_batch(batch, add_special_tokens=False)]
             split = [old[encoding.ids].tolist() for encoding in trimmed.encode_batch(batch, add_special_tokens=False)]
             batches.append((name, whole, split))
-    model = LayerwiseModel(folder, describe(folder), device)
+    model = LayerwiseModel(folder, describe(folder), device, fast=True)
     states = _read(model, [_padded(side) for _, *sides in batches for side in sides])
     places: list[_Place] = []
     positions = dict.fromkeys(texts, 0)
