@@ -71,7 +71,7 @@ STUDY = Study(
     sentences=sentences,
     picture=bars(("style", "method", "ratio")),
     scenes=(EN_LEGAL_QA,),
-    questions=100,
+    questions=64,
 )
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ STUDY = Study(
     columns=("method",),
     sentences=sentences,
     picture=curves("removed", ("method",), log_y=True, only=lambda row: row["vocabulary"] == f"vocabulary {KEPT}"),
-    questions=100,
+    questions=64,
 )
 
 if __name__ == "__main__":
