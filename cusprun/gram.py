@@ -24,10 +24,10 @@ class Gram:
     counts: list[int]
 
     @classmethod
-    def empty(cls, n: int, rows: int | None = None) -> Gram:
-        """No tokens yet; with ``rows`` there will be targets of that size."""
-        crossed = None if rows is None else [torch.zeros(rows, n) for _ in range(2)]
-        return cls([torch.zeros(n, n) for _ in range(2)], crossed, [0.0, 0.0], [0, 0])
+    def empty(cls, n: int, rows: int | None = None, *, halves: int = 2) -> Gram:
+        """No tokens yet; with ``rows`` there will be targets of that size. ``halves`` is 1 where all is one text."""
+        crossed = None if rows is None else [torch.zeros(rows, n) for _ in range(halves)]
+        return cls([torch.zeros(n, n) for _ in range(halves)], crossed, [0.0] * halves, [0] * halves)
 
     def __add__(self, other: Gram) -> Gram:
         """Moments of both texts."""

@@ -91,7 +91,7 @@ class _Problem:
         Each minimizes E‖target - V x_S‖² + λ‖V - W_S‖², with λ = ``ridge`` times the mean diagonal of E[x_S x_Sᵀ]; the
         penalty pulls towards the columns as they were.
         """
-        scale = ridge * self.inside.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+        scale = _scale(self.inside, ridge)
         damped = self.inside.clone()
         damped.diagonal().add_(scale)
         factor, failed = torch.linalg.cholesky_ex(damped)
@@ -110,7 +110,18 @@ class _Problem:
         return float(((candidate @ self.inside - 2 * self.crossed) * candidate).sum()) + self.energy
 
 
-def refitted(matrix: torch.Tensor, moments: torch.Tensor, kept: torch.Tensor, ridge: float) -> torch.Tensor:
-    """The kept columns at their optimum for what all of them give, (rows, kept) float32, at a given ridge."""
-    own = matrix @ moments[:, kept]
-    return _Problem(moments[kept][:, kept], own, own, 0.0).solve(matrix[:, kept], ridge)[0].float()
+def refitted(matrix: torch.Tensor, gram: Gram, kept: torch.Tensor, ridge: float) -> torch.Tensor:
+    """The kept columns at their optimum for what all of them give, (rows, kept) float32, at a given ridge.
+
+    The gram's first half is all of the text, and stays as it is.
+    """
+    inside, sliced = gram.inside(kept, 0), matrix[:, kept]
+    scale = _scale(inside, ridge)
+    right = gram.through(matrix, 0)[:, kept].add_(scale * sliced)
+    inside.diagonal().add_(scale)
+    return solve_symmetric(inside, right.T).T.float()
+
+
+def _scale(inside: torch.Tensor, ridge: float) -> torch.Tensor:
+    """λ for ``ridge`` times the mean diagonal, above zero."""
+    return ridge * inside.diagonal().mean().clamp_min(torch.finfo(inside.dtype).tiny)

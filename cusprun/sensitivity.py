@@ -137,16 +137,15 @@ class _Cuts:
         """Takes the layer's batches: moments of the windows', inputs and outputs of the probes'."""
         self.model, self.index = model, index
         self.widths = model.anatomy.layers[index]
-        channels = Gram.empty(self.widths.ffn)
-        heads = Gram.empty(self.widths.heads * model.anatomy.head_dim)
+        self.channels = Gram.empty(self.widths.ffn, halves=1)
+        self.heads = Gram.empty(self.widths.heads * model.anatomy.head_dim, halves=1)
         probes: list[Batch] = []
         for batch in batches:
             if batch.dimension == PROBES:
                 probes.append(batch)
                 continue
-            channels.add(batch.channels, 0)  # nothing is judged by the other half here
-            heads.add(batch.heads, 0)
-        self.channels, self.heads = channels.mean(0), heads.mean(0)
+            self.channels.add(batch.channels, 0)
+            self.heads.add(batch.heads, 0)
         self.inner = torch.cat([batch.channels for batch in probes])
         self.read = torch.cat([batch.heads for batch in probes])
         self.window = probes[0].window
@@ -167,18 +166,18 @@ class _Cuts:
         """Fewer channels, and fewer kv heads, each refitted alone."""
         prefix = self.model.anatomy.prefix(self.index)
         states: dict[Cut, torch.Tensor] = {}
-        full, moments = self._matrix(prefix + DOWN)[0].double().cpu(), self.channels
+        full, gram = self._matrix(prefix + DOWN)[0].double().cpu(), self.channels
         levels = ffn_levels(self.widths, deep=deep)
-        for width, kept in zip(levels, choose_columns(full, [moments.clone()], levels, steps=STEPS), strict=True):
+        for width, kept in zip(levels, choose_columns(full, [gram.mean(0)], levels, steps=STEPS), strict=True):
             columns = torch.tensor(kept)
-            fitted = refitted(full, moments, columns, RIDGE).to(self.model.device)
+            fitted = refitted(full, gram, columns, RIDGE).to(self.model.device)
             states["ffn", width] = self.middle + self.inner[:, columns] @ fitted.T + self.down_bias
         if self.widths.kv_heads:
-            full, moments = self._matrix(prefix + OUTPUT)[0].double().cpu(), self.heads
-            run, levels = len(moments) // self.widths.kv_heads, head_levels(self.widths)
-            for width, groups in zip(levels, choose_groups(full, [moments.clone()], levels, run), strict=True):
+            full, gram = self._matrix(prefix + OUTPUT)[0].double().cpu(), self.heads
+            run, levels = full.shape[1] // self.widths.kv_heads, head_levels(self.widths)
+            for width, groups in zip(levels, choose_groups(full, [gram.mean(0)], levels, run), strict=True):
                 columns = group_columns(groups, run)
-                fitted = refitted(full, moments, columns, RIDGE).to(self.model.device)
+                fitted = refitted(full, gram, columns, RIDGE).to(self.model.device)
                 states["heads", width] = self._through_ffn(
                     self.before + self.read[:, columns] @ fitted.T + self.output_bias
                 )

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from cusprun.arithmetic import has_bfloat16_units
 from cusprun.errors import Failed
 from cusprun.files import written_whole
 from cusprun.recover.request import Course
@@ -44,8 +45,7 @@ def precision_of(device: str) -> torch.dtype:
     """
     if device == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    known: Any = getattr(torch.cpu, "get_capabilities", dict)()
-    return torch.bfloat16 if known.get("amx_bf16") else torch.float32
+    return torch.bfloat16 if has_bfloat16_units() else torch.float32
 
 
 def in_precision(model: Any, precision: torch.dtype) -> Any:
