@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cusprun.allocation import plan_epsilon
 from cusprun.anatomy import Anatomy, LayerWidths, describe
 from cusprun.checkpoint import Weights, load_tokenizer
 from cusprun.compact import compact
-from cusprun.corpora.selection import GENERAL, Selection, read_windows
+from cusprun.corpora.selection import Selection, read_windows
 from cusprun.dense import Dense
 from cusprun.errors import InvalidRequest
 from cusprun.files import copy_folder
@@ -27,32 +25,9 @@ from cusprun.stages import Stages
 from cusprun.statistics import load_statistics, save_statistics, stream
 
 WIDTHS_STRIDE = 4  # with refit, every fourth window gives the widths
-GENERAL_IN_PRICE = 1 / 3
-ROWS_STEP = 1024  # rows between the sizes of the vocabulary that the program may choose
-ROWS_SHARE = 0.4  # of the ratio, at most, that `--vocab auto` takes there
-AUTO_NATS = 0.01  # a token, that `--vocab auto` may add where no losses are measured to compare with
-PROBES, PROBE_TOKENS = 6, 128  # windows that a cut's loss is measured on, and their tokens
 GRADIENT_WINDOWS = 8  # of each dimension that gradients are taken of
 # Whose allocation gives refit its widths where no losses are measured; magnitude's is the same share everywhere.
 WIDTHS_OF = {"scores": "cus-prun", "even": "magnitude"}
-
-
-def probe_windows(windows: Mapping[str, np.ndarray]) -> np.ndarray:
-    """PROBES short windows, (PROBES, PROBE_TOKENS), in turn from every dimension: the starts of its second ones."""
-    turns = [ids[1 + turn, :PROBE_TOKENS] for turn in range(PROBES) for ids in windows.values() if len(ids) > 1 + turn]
-    return np.stack(turns[:PROBES])
-
-
-def price_weights(shares: Mapping[str, int]) -> dict[str, float]:
-    """Weights of the dimensions in a token's price: as in the text, but general text counts GENERAL_IN_PRICE at least.
-
-    A word without its token is lost to every text that has it, and new text has more rare words than what was counted.
-    """
-    rest = sum(share for name, share in shares.items() if name != GENERAL)
-    general = shares.get(GENERAL, 0) / sum(shares.values())
-    if general and rest:
-        general = max(general, GENERAL_IN_PRICE)
-    return {name: general if name == GENERAL else (1 - general) * share / rest for name, share in shares.items()}
 
 
 @dataclass(frozen=True)
@@ -122,6 +97,7 @@ class Cut:
         """What each token's absence costs on the scenario's calibration text."""
 
         def price() -> dict[str, Any]:
+            from cusprun.rows import price_weights
             from cusprun.vocabulary import price_vocabulary
 
             tokenizer = load_tokenizer(self.dense.folder)
@@ -159,7 +135,7 @@ class Cut:
         deep = self.recipe.removed_share > DEEP
 
         def take() -> list[dict[str, Any]]:
-            from cusprun.sensitivity import measure
+            from cusprun.sensitivity import measure, probe_windows
 
             windows = read_windows(base.windows)
             strided = {name: ids[::WIDTHS_STRIDE] for name, ids in windows.items()}
@@ -197,38 +173,17 @@ class Cut:
 
     def _row_choices(self) -> list[Any]:
         """Sizes of the vocabulary that may be chosen, with what they cost in nats per token."""
+        from cusprun.rows import row_choices
         from cusprun.widths import RowsChoice
 
-        rows = self.dense.anatomy.vocab_size
-        if self.recipe.vocab == "keep":
-            return [RowsChoice(rows, 0.0)]
+        recipe = self.recipe
+        if recipe.vocab == "keep":
+            return [RowsChoice(self.dense.anatomy.vocab_size, 0.0)]
         from cusprun.vocabulary import load_prices
 
-        prices = load_prices(self.prices_path)
-        if self.recipe.vocab != "auto":
-            return [RowsChoice(len(prices.rows_for(int(self.recipe.vocab))), 0.0)]
-        shares = prices.note["weights"]
-        per_token = sum(
-            shares[name] * corpus["bytes"] / corpus["tokens"] for name, corpus in prices.note["corpora"].items()
-        ) / sum(shares.values())
-        if self.recipe.method != "refit" or self.recipe.cuts_by != "measured":
-            kept = max(len(prices.auto(AUTO_NATS / per_token)), self._fewest_rows())
-            return [RowsChoice(len(prices.rows_for(kept)), 0.0)]
-        choices = [RowsChoice(rows, 0.0)]
-        for wanted in range(rows - ROWS_STEP, 0, -ROWS_STEP):
-            kept = len(prices.rows_for(wanted))
-            if kept >= choices[-1].rows:
-                break
-            choices.append(RowsChoice(kept, float(prices.curve[rows - kept]) * per_token))
-        return choices
-
-    def _fewest_rows(self) -> int:
-        """Rows that stay at least where `--vocab auto` is not weighed against neurons: these are to give most."""
-        anatomy, share = self.dense.anatomy, self.recipe.removed_share
-        if share is None:
-            return 1
-        row = anatomy.parameters - anatomy.with_vocabulary(anatomy.vocab_size - 1).parameters
-        return max(1, anatomy.vocab_size - int(ROWS_SHARE * share * anatomy.parameters / row))
+        weighed = recipe.method == "refit" and recipe.cuts_by == "measured"
+        wanted = None if recipe.vocab == "auto" else int(recipe.vocab)
+        return row_choices(load_prices(self.prices_path), self.dense.anatomy, recipe.removed_share, wanted, weighed)
 
     # what stays ------------------------------------------------------------------------------------------------------
 

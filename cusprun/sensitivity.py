@@ -37,6 +37,7 @@ DEAR = 3.0  # attention is not measured below the level where a parameter costs 
 DEEP = 0.3  # the share of all parameters above which narrow FFNs are measured as well
 RIDGE = 1e-2  # of the mean diagonal; a cut's loss depends little on it
 PROBES = "probes"
+WINDOWS, TOKENS = 6, 128  # that a cut's loss is measured on
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,12 @@ class LayerSensitivity:
 
 def _pairs(losses: dict[int, float]) -> list[list[float]]:
     return [[width, loss] for width, loss in losses.items()]
+
+
+def probe_windows(windows: Mapping[str, np.ndarray]) -> np.ndarray:
+    """WINDOWS short windows, (WINDOWS, TOKENS), in turn from every dimension: the starts of its second ones."""
+    turns = [ids[1 + turn, :TOKENS] for turn in range(WINDOWS) for ids in windows.values() if len(ids) > 1 + turn]
+    return np.stack(turns[:WINDOWS])
 
 
 def ffn_levels(widths: LayerWidths, *, deep: bool) -> list[int]:
