@@ -29,13 +29,8 @@ from cusprun.corpora.sampling import all_entries, calibration_entries, general_e
 from cusprun.corpora.sources import is_cached
 from cusprun.dense import Sizes, check_folder, local_path, read_sizes
 from cusprun.errors import Failed, InvalidRequest, MissingPackage
+from cusprun.needs import minutes, needs
 from cusprun.recipe import WHOLE_MODEL, Recipe
-
-BITS = {"f32": 32, "f16": 16, "q8_0": 8.5, "q4_0": 4.5, "q4_1": 5, "q4_k_m": 5}  # a weight, block scales included
-# For the rough time alone: what whole-model passes reach of one matrix product's speed, and what is measured.
-EFFICIENCY = 0.6
-TEXTS = 3
-QUESTION_TOKENS = 300
 
 
 @dataclass(frozen=True)
@@ -52,6 +47,7 @@ class Prepared:
     download_bytes: int
     disk_bytes: int
     memory_bytes: int
+    artifacts: bool  # whether files for runtimes come after the model folder
 
     def describe(self) -> str:
         """The plan in a few lines: model, scenario, text, tokens, disk, memory, rough time."""
@@ -63,7 +59,7 @@ class Prepared:
         general = (
             recipe.general if self.scenario.given().get("domain") != "general" and dimensions != ["general"] else 0
         )
-        low, high = self.minutes()
+        low, high = minutes(recipe, sizes, self.artifacts)
         method = [recipe.method, recipe.combined, cut, f"{recipe.layout} layout"]
         if recipe.method == "refit":
             method[1:2] = [recipe.combined, recipe.form, f"widths {recipe.cuts_by}"]
@@ -75,33 +71,13 @@ class Prepared:
             + (f", {general:.0%} general" if general else "")
             + f"; to fetch: {self.download_bytes / 2**20:.0f} MiB",
             f"method    {', '.join(method)}" + (f", then {recipe.recover}" if recipe.recover else ""),
-            f"output    {self.out}: model/, gguf/ in {', '.join(recipe.quant)}"
-            + (", report/" if recipe.measure else ""),
+            f"output    {self.out}: model/"
+            + (f", gguf/ in {', '.join(recipe.quant)}" if self.artifacts else "")
+            + (", report/" if self.artifacts and recipe.measure else ""),
             f"needs     {_size(self.disk_bytes)} disk, {_size(self.memory_bytes)} memory, "
             f"roughly {low:.0f} to {high:.0f} minutes without downloads",
         ]
         return "\n".join(lines)
-
-    def minutes(self) -> tuple[float, float]:
-        """Rough time from to: the multiplications of all passes over the speed of one matrix product here."""
-        import time
-
-        import torch
-
-        a, b = torch.ones(512, 1024), torch.ones(1024, 1024)
-        times = []
-        for _ in range(10):
-            start = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - start)
-        gflops = 2 * 512 * 1024 * 1024 / min(times) / 1e9
-        # Forward passes of the whole build, in tokens; refit's moments cost about as much as its pass.
-        passes = self.recipe.tokens * (2 if self.recipe.method == "refit" else 1)
-        if self.recipe.measure:
-            measured = 2 * len(self.recipe.quant)  # dense and expert
-            passes += measured * (TEXTS * self.recipe.eval_tokens + QUESTION_TOKENS * self.recipe.questions)
-        seconds = 2 * self.sizes.parameters * passes / (EFFICIENCY * gflops * 1e9) + 60
-        return seconds / 60 * 0.7, seconds / 60 * 1.5
 
 
 def prepare(recipe: Recipe, quants: tuple[str, ...], *, artifacts: bool = True) -> Prepared:
@@ -148,11 +124,11 @@ def prepare(recipe: Recipe, quants: tuple[str, ...], *, artifacts: bool = True) 
     disk = memory = 0
     if sizes is not None:
         _check_model(recipe, sizes, problems)
-        disk, memory = needs(recipe, sizes)
+        disk, memory = needs(recipe, sizes, artifacts)
         problems.add(*_too_little(out, sizes, disk, memory, download))
     if problems.found or sizes is None:
         raise problems.together()
-    return Prepared(recipe, scenario, own, dims, out, name, sizes, download, disk, memory)
+    return Prepared(recipe, scenario, own, dims, out, name, sizes, download, disk, memory, artifacts)
 
 
 class _Problems:
@@ -304,22 +280,6 @@ def check_ratio(recipe: Recipe, share: float, anatomy: Anatomy) -> None:
             f"--ratio {share:g}: embeddings and the smallest widths leave {largest:.2f} of this model to remove; "
             f"write a ratio below {largest:.2f}"
         )
-
-
-def needs(recipe: Recipe, sizes: Sizes) -> tuple[int, int]:
-    """Bytes of disk in the output folder and of memory that the build takes at most, roughly."""
-    kept = 1 - (recipe.removed_share or 0.0)
-    anatomy = sizes.anatomy
-    artifacts = sum(sizes.parameters * kept * BITS[quant] / 8 for quant in recipe.quant)
-    model = sizes.parameters * kept * sizes.element_bytes
-    scratch = sizes.parameters * kept * 4  # the float32 file that is quantized
-    hidden = recipe.tokens * anatomy.hidden_size * 4
-    statistics = len(anatomy.layers) * 8 * anatomy.head_dim**2 * anatomy.layers[0].heads ** 2
-    disk = model + artifacts + scratch + statistics * 3 / anatomy.layers[0].kv_heads
-    layer = anatomy.layer_parameters(anatomy.layers[0]) * 4
-    embedding = anatomy.vocab_size * anatomy.hidden_size * 4
-    proof = sizes.parameters * kept * 8  # torch and the widest .gguf side by side
-    return int(disk * 1.1), int(max(2 * hidden + embedding + 3 * layer, proof) + 2**30 * 0.8)
 
 
 def check_out(out: Path, recipe: Recipe) -> list[str]:

@@ -144,8 +144,10 @@ def test_a_damaged_artifact_is_made_again(expert: Path, pico_model: Path, own_te
 
 def test_prune_stops_at_the_model_folder(tmp_path: Path, pico_model: Path, own_text: Path) -> None:
     out = tmp_path / "pruned"
-    run("prune", pico_model, "--corpus", own_text, "--out", out, "--epsilon", 0.05, "--layout", "uniform",
-        "--tokens", 2048, "--window", 64, "--align", 8)  # fmt: skip
+    done = run("prune", pico_model, "--corpus", own_text, "--out", out, "--epsilon", 0.05, "--layout", "uniform",
+               "--tokens", 2048, "--window", 64, "--align", 8)  # fmt: skip
+    planned = next(line for line in done.stderr.splitlines() if line.startswith("output"))
+    assert planned.endswith("model/")
     anatomy = describe(out / "model")
     assert anatomy.uniform
     assert anatomy.parameters < describe(pico_model).parameters

@@ -1,0 +1,63 @@
+"""What a build takes before it is begun, roughly: disk, memory, minutes."""
+
+from __future__ import annotations
+
+import time
+
+from cusprun.dense import Sizes
+from cusprun.recipe import Recipe
+
+BITS = {"f32": 32, "f16": 16, "q8_0": 8.5, "q4_0": 4.5, "q4_1": 5, "q4_k_m": 5}  # a weight, block scales included
+# For the rough time alone: what whole-model passes reach of one matrix product's speed, and what is measured.
+EFFICIENCY = 0.6
+TEXTS = 3
+QUESTION_TOKENS = 300
+CUTS = 5  # of a layer, whose losses are measured
+
+
+def minutes(recipe: Recipe, sizes: Sizes, artifacts: bool) -> tuple[float, float]:
+    """Rough time from to: the multiplications of all passes over the speed of one matrix product here.
+
+    ``artifacts`` says whether files for runtimes are written, and measured where the recipe says so.
+    """
+    import torch
+
+    from cusprun.sensitivity import TOKENS, WINDOWS
+    from cusprun.vocabulary.splits import SAMPLE
+
+    a, b = torch.ones(512, 1024), torch.ones(1024, 1024)
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    gflops = 2 * 512 * 1024 * 1024 / min(times) / 1e9
+    # Forward passes of the whole build, in tokens; refit's moments cost about as much as its pass.
+    passes = recipe.tokens * (2 if recipe.method == "refit" else 1)
+    if recipe.method == "refit" and recipe.cuts_by == "measured":
+        passes += WINDOWS * TOKENS * CUTS * len(sizes.anatomy.layers) // 2  # from its layer on: half of all
+    if recipe.vocab != "keep":
+        passes += SAMPLE
+    if artifacts and recipe.measure:
+        measured = 2 * len(recipe.quant)  # dense and expert
+        passes += measured * (TEXTS * recipe.eval_tokens + QUESTION_TOKENS * recipe.questions)
+    seconds = 2 * sizes.parameters * passes / (EFFICIENCY * gflops * 1e9) + (60 if artifacts else 10)
+    return seconds / 60 * 0.7, seconds / 60 * 1.5
+
+
+def needs(recipe: Recipe, sizes: Sizes, artifacts: bool) -> tuple[int, int]:
+    """Bytes of disk in the output folder and of memory that the build takes at most."""
+    kept = 1 - (recipe.removed_share or 0.0)
+    anatomy = sizes.anatomy
+    model = sizes.parameters * kept * sizes.element_bytes
+    hidden = recipe.tokens * anatomy.hidden_size * 4
+    statistics = len(anatomy.layers) * 8 * anatomy.head_dim**2 * anatomy.layers[0].heads ** 2
+    disk = model + statistics * 3 / anatomy.layers[0].kv_heads
+    layer = anatomy.layer_parameters(anatomy.layers[0]) * 4
+    embedding = anatomy.vocab_size * anatomy.hidden_size * 4
+    memory = 2 * hidden + embedding + 3 * layer
+    if artifacts:
+        files = sum(sizes.parameters * kept * BITS[quant] / 8 for quant in recipe.quant)
+        disk += files + sizes.parameters * kept * 4  # the float32 file that is quantized
+        memory = max(memory, sizes.parameters * kept * 8)  # torch and the widest .gguf side by side
+    return int(disk * 1.1), int(memory + 2**30 * 0.8)
