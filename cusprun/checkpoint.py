@@ -234,9 +234,11 @@ def register_when_imported() -> None:
     import wrapt
 
     auto = "transformers.models.auto"
-    # What the classes here are built on, by module: these import one another, and any may be the first.
+    # The classes here and what they are built on, by module: these import one another, and any may be the first.
     needed = {f"{auto}.configuration_auto": "AutoConfig", f"{auto}.modeling_auto": "AutoModelForCausalLM"}
     needed |= {f"transformers.models.{family.name}.modeling_{family.name}": family.model_class for family in FAMILIES}
+    needed |= {f"cusprun.anatomy.{family.name}_per_layer": "PerLayerModel" for family in FAMILIES}
+    needed |= {"cusprun.anatomy.sliced_model": "CusprunSlicedForCausalLM"}
     registering = False
 
     def register(_: ModuleType) -> None:

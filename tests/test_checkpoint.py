@@ -59,7 +59,9 @@ def test_per_layer_models_load_generate_and_save(tmp_path: Path, family: str) ->
     ["import transformers, cusprun", "import cusprun", "from transformers import AutoConfig; import cusprun",
      "from transformers import AutoModelForCausalLM; import cusprun",
      "import cusprun; import transformers.models.llama.modeling_llama",
-     "import cusprun; import transformers.models.mistral.modeling_mistral"],
+     "import cusprun; import transformers.models.mistral.modeling_mistral",
+     "import cusprun.anatomy.sliced_model", "import cusprun.anatomy.llama_per_layer",
+     "import cusprun.anatomy.mistral_per_layer"],
 )  # fmt: skip
 def test_importing_cusprun_registers_in_any_order(tmp_path: Path, first: str) -> None:
     folder = random_per_layer(tmp_path, "llama")
