@@ -17,7 +17,8 @@ def has_bfloat16_units() -> bool:
     """Whether this processor multiplies matrices of bfloat16 in units of their own (AMX)."""
     import torch
 
-    return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get("amx_bf16"))
 
 
 def bfloat16_layers(device: str) -> AbstractContextManager[Any]:

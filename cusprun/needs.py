@@ -55,7 +55,7 @@ def needs(recipe: Recipe, sizes: Sizes, artifacts: bool) -> tuple[int, int]:
     disk = model + statistics * 3 / anatomy.layers[0].kv_heads
     layer = anatomy.layer_parameters(anatomy.layers[0]) * 4
     embedding = anatomy.vocab_size * anatomy.hidden_size * 4
-    memory = 2 * hidden + embedding + 3 * layer
+    memory: float = 2 * hidden + embedding + 3 * layer
     if artifacts:
         files = sum(sizes.parameters * kept * BITS[quant] / 8 for quant in recipe.quant)
         disk += files + sizes.parameters * kept * 4  # the float32 file that is quantized
