@@ -39,9 +39,7 @@ def build(recipe: Recipe, *, upto: str = "expert") -> dict[str, Any]:
 
     Raises one InvalidRequest with every precondition that does not hold, before any work; Failed where a step breaks.
     """
-    from cusprun.exporters.gguf import QUANTS
-
-    prepared = prepare(recipe, tuple(QUANTS), artifacts=upto == "expert")
+    prepared = prepare(recipe, artifacts=upto == "expert")
     say(prepared.describe())
     with sole_builder(prepared.out):
         sweep(prepared.out)

@@ -15,6 +15,7 @@ import typer
 from cusprun import __version__, cli_corpora, flags
 from cusprun.errors import Failed, InvalidRequest, reason_of
 from cusprun.flags import Json, print_json
+from cusprun.quants import NAMES
 
 app = typer.Typer(
     name="cusprun-edge",
@@ -115,7 +116,7 @@ def _build(given: dict[str, Any], recipe: Path | None, as_json: bool, upto: str)
 def export(
     model: Annotated[Path, typer.Argument(help="A model folder, dense or compacted.")],
     out: Annotated[Path, typer.Option(help="The .gguf file to write, or a folder for it.")],
-    quant: Annotated[str, typer.Option(help="f32 f16 q8_0 q4_0 q4_1 q4_k_m.")] = "q8_0",
+    quant: Annotated[str, typer.Option(help=f"{NAMES}.")] = "q8_0",
     name: Annotated[str | None, typer.Option(help="Name in the file; default: the folder's.")] = None,
     threads: Threads = None,
     json_: Json = False,

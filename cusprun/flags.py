@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from cusprun.quants import NAMES
+
 Model = Annotated[str | None, typer.Option(help="Dense model: a folder, a .gguf, a hub id, or the default.")]
 Revision = Annotated[str | None, typer.Option(help="Commit or tag of a hub model.")]
 Lang = Annotated[str | None, typer.Option(help="Language of the scenario: en de fr es it pt.")]
@@ -42,7 +44,7 @@ Layout = Annotated[str | None, typer.Option(help="per-layer widths, or uniform."
 Align = Annotated[int | None, typer.Option(help="FFN widths are multiples of this.")]
 Tokens = Annotated[int | None, typer.Option(help="Calibration tokens, shared by the dimensions.")]
 Window = Annotated[int | None, typer.Option(help="Tokens of one calibration window.")]
-Quant = Annotated[list[str] | None, typer.Option(help="GGUF type: f32 f16 q8_0 q4_0 q4_1 q4_k_m; repeat.")]
+Quant = Annotated[list[str] | None, typer.Option(help=f"GGUF type: {NAMES}; repeat.")]
 Measure = Annotated[bool | None, typer.Option("--measure/--no-measure", help="Measure dense and expert.")]
 EvalTokens = Annotated[int | None, typer.Option(help="Tokens of each evaluation text.")]
 Questions = Annotated[int | None, typer.Option(help="Most multiple-choice questions to ask.")]

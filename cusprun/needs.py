@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 
 from cusprun.dense import Sizes
+from cusprun.quants import TYPES
 from cusprun.recipe import Recipe
 
-BITS = {"f32": 32, "f16": 16, "q8_0": 8.5, "q4_0": 4.5, "q4_1": 5, "q4_k_m": 5}  # a weight, block scales included
 # For the rough time alone: what whole-model passes reach of one matrix product's speed, and what is measured.
 EFFICIENCY = 0.6
 TEXTS = 3
@@ -57,7 +57,7 @@ def needs(recipe: Recipe, sizes: Sizes, artifacts: bool) -> tuple[int, int]:
     embedding = anatomy.vocab_size * anatomy.hidden_size * 4
     memory: float = 2 * hidden + embedding + 3 * layer
     if artifacts:
-        files = sum(sizes.parameters * kept * BITS[quant] / 8 for quant in recipe.quant)
+        files = sum(sizes.parameters * kept * TYPES[quant].bits / 8 for quant in recipe.quant)
         disk += files + sizes.parameters * kept * 4  # the float32 file that is quantized
         memory = max(memory, sizes.parameters * kept * 8)  # torch and the widest .gguf side by side
     return int(disk * 1.1), int(memory + 2**30 * 0.8)

@@ -80,11 +80,11 @@ class Prepared:
         return "\n".join(lines)
 
 
-def prepare(recipe: Recipe, quants: tuple[str, ...], *, artifacts: bool = True) -> Prepared:
+def prepare(recipe: Recipe, *, artifacts: bool = True) -> Prepared:
     """Checks everything that needs no work; ``artifacts`` says whether files for runtimes are to be written.
 
     Raises one error with every problem found: Failed where trying again may help (the hub did not answer, a file is
-    damaged) and nothing else is wrong, else InvalidRequest. ``quants`` are the types that the exporter can write.
+    damaged) and nothing else is wrong, else InvalidRequest.
     """
     problems = _Problems()
     problems.add(*_missing_packages(recipe))
@@ -95,9 +95,6 @@ def prepare(recipe: Recipe, quants: tuple[str, ...], *, artifacts: bool = True) 
 
         if not torch.cuda.is_available():
             problems.add("--device cuda: torch finds no CUDA device here; write --device cpu")
-    problems.add(
-        *(f"--quant {quant}: write one of {', '.join(quants)}" for quant in recipe.quant if quant not in quants)
-    )
     scenario = make_scenario(recipe.lang, recipe.domain, recipe.task)
     own = tuple(text for value in recipe.corpus if (text := problems.attempt(partial(parse_own_text, value))))
     pairs = [pair for value in recipe.dim if (pair := problems.attempt(partial(parse_dimension, value)))]

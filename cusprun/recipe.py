@@ -23,7 +23,9 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_TOKENS = 65536
 WINDOW = 512
 
-Quant = Literal["f32", "f16", "q8_0", "q4_0", "q4_1", "q4_k_m"]
+Quant = Literal[
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "iq3_m",
+]  # fmt: skip
 Method = Literal[
     "refit", "cus-prun", "llm-pruner", "llm-pruner-vector", "llm-pruner-element2", "llm-pruner-mix",
     "flap", "wanda-sp", "slicegpt", "shortgpt", "magnitude", "random",

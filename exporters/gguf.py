@@ -20,25 +20,15 @@ from cusprun.errors import Failed, InvalidRequest
 from cusprun.exporters import gguf_metadata, gguf_tensors, gguf_tokenizer
 from cusprun.files import aside, sha256_file, written_whole
 from cusprun.progress import say
+from cusprun.quants import TYPES
 from cusprun.runtimes import default_threads
 from cusprun.runtimes.child import run_in_child
 from cusprun.runtimes.gguf_header import TensorInfo, load_metadata
 
 _FLOAT32 = np.dtype(np.float32)
 
-QUANTS: dict[str, gguf.LlamaFileType] = {
-    "f32": gguf.LlamaFileType.ALL_F32,
-    "f16": gguf.LlamaFileType.MOSTLY_F16,
-    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-    "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
-    "q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
-    "q4_k_m": gguf.LlamaFileType.MOSTLY_Q4_K_M,
-}
-WRITTEN = ("f32", "f16")  # without llama.cpp's quantizer
 SUPER_BLOCK = 256  # row length that K-quants need
 BLOCK = 32  # row length that the other quantized types need
-# What llama.cpp takes where a row does not divide, and what it would have taken (llama-quant.cpp).
-STAND_INS = {"Q5_0": "Q4_K", "Q8_0": "Q6_K"}
 
 
 @dataclass(frozen=True)
@@ -75,24 +65,26 @@ def export_gguf(
     metadata: Mapping[str, str] | None = None,
     threads: int | None = None,
 ) -> GgufReport:
-    """Writes the model folder ``model_dir`` to ``out`` as ``quant``: f32, f16, q8_0, q4_0, q4_1 or q4_k_m.
+    """Writes the model folder ``model_dir`` to ``out`` as ``quant``, one of :data:`cusprun.quants.TYPES`.
 
     ``name`` goes into general.name (default: the folder's), ``metadata`` into the keys that gguf_metadata lists.
     ``out`` appears whole or not at all. Raises InvalidRequest where the request or the folder makes no sense, Failed
     naming the tensor where weights are not finite or do not fit.
     """
-    if quant not in QUANTS:
-        raise InvalidRequest(f"quantization {quant!r} is unknown: write one of {', '.join(QUANTS)}")
+    if quant not in TYPES:
+        raise InvalidRequest(f"quantization {quant!r} is unknown: write one of {', '.join(TYPES)}")
     gguf_metadata.check_metadata(metadata or {})
     source = _Source(model_dir, name or model_dir.resolve().name, metadata or {})
     try:
         with written_whole(out) as part:
-            if quant in WRITTEN:
-                source.write(part, quant.upper(), QUANTS[quant])
+            if TYPES[quant].plain:
+                source.write(part, quant.upper(), file_type(quant))
             else:
                 with _scratch(part) as whole:
-                    source.write(whole, source.matrix_type, QUANTS["f16" if source.matrix_type == "F16" else "f32"])
-                    run_in_child(quantize_file, str(whole), str(part), int(QUANTS[quant]), threads or default_threads())
+                    source.write(whole, source.matrix_type, file_type(source.matrix_type.lower()))
+                    run_in_child(
+                        quantize_file, str(whole), str(part), int(file_type(quant)), threads or default_threads()
+                    )
             info = load_metadata(part)
     except OSError as error:
         raise Failed(f"{out} could not be written: {error.strerror or error}") from error
@@ -179,7 +171,7 @@ def quantize_file(source: str, out: str, file_type: int, threads: int) -> None:
 
 def find_fallbacks(tensors: tuple[TensorInfo, ...], quant: str) -> Iterator[Fallback]:
     """The tensors of a quantized file whose rows do not divide into the blocks of the type meant for them."""
-    if quant in WRITTEN:
+    if TYPES[quant].plain:
         return
     tied = all(tensor.name != "output.weight" for tensor in tensors)
     output = "token_embd.weight" if tied else "output.weight"
@@ -187,10 +179,18 @@ def find_fallbacks(tensors: tuple[TensorInfo, ...], quant: str) -> Iterator[Fall
         columns = tensor.shape[-1]
         if len(tensor.shape) != 2 or columns % SUPER_BLOCK == 0:
             continue
+        meant = TYPES[quant].stand_ins
+        if tensor.name == output:
+            meant = {**meant, **TYPES[quant].output_stand_ins}
         if columns % BLOCK:
             yield Fallback(tensor.name, columns, quant.upper(), tensor.type)
-        elif (quant == "q4_k_m" or (tensor.name == output and quant != "q8_0")) and tensor.type in STAND_INS:
-            yield Fallback(tensor.name, columns, STAND_INS[tensor.type], tensor.type)
+        elif tensor.type in meant:
+            yield Fallback(tensor.name, columns, meant[tensor.type], tensor.type)
+
+
+def file_type(quant: str) -> gguf.LlamaFileType:
+    """llama.cpp's number of a type."""
+    return gguf.LlamaFileType[TYPES[quant].file_type]
 
 
 @contextmanager

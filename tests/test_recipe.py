@@ -11,7 +11,8 @@ import pytest
 from cusprun import cli
 from cusprun.errors import InvalidRequest
 from cusprun.importance import CRITERIA
-from cusprun.recipe import Recipe, make_recipe, read_recipe
+from cusprun.quants import TYPES
+from cusprun.recipe import Quant, Recipe, make_recipe, read_recipe
 
 NOT_FIELDS = {"context", "recipe", "json_"}  # where the wish comes from and how the answer is printed
 
@@ -96,3 +97,9 @@ def test_what_belongs_to_one_method_alone_is_refused_elsewhere() -> None:
     assert make_recipe({"lang": "en"}).combined == "mixture"
     assert make_recipe({"lang": "en", "method": "cus-prun"}).combined == "intersection"
     assert make_recipe({"lang": "en", "epsilon": 0.1}).cuts_by == "scores"
+
+
+def test_types_that_a_recipe_takes_are_those_that_are_written() -> None:
+    assert get_args(Quant) == tuple(TYPES)
+    for name, kind in TYPES.items():
+        assert name.upper() in kind.file_type

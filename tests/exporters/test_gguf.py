@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cusprun.errors import Failed, InvalidRequest
-from cusprun.exporters.gguf import QUANTS, export_gguf
+from cusprun.exporters.gguf import export_gguf
 from cusprun.files import sha256_file
+from cusprun.quants import TYPES
 from cusprun.runtimes.gguf_header import load_metadata
 from tests.exporters.models import edit_config, make
 
@@ -220,6 +221,15 @@ def test_output_where_a_file_is_in_the_way(folder: Path, tmp_path: Path) -> None
 
 
 def test_every_quant_is_what_it_says(folder: Path, tmp_path: Path) -> None:
-    for quant in QUANTS:
+    for quant in TYPES:
         report = export_gguf(folder, tmp_path / f"{quant}.gguf", quant)
         assert load_metadata(report.path).quant == quant
+
+
+@pytest.mark.parametrize("quant", ["q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "iq3_m"])
+def test_types_of_wide_blocks_on_narrow_rows_name_every_matrix(folder: Path, tmp_path: Path, quant: str) -> None:
+    report = export_gguf(folder, tmp_path / "x.gguf", quant)
+    matrices = {name for name, kind in report.types.items() if kind != "F32"}
+    assert matrices
+    assert {fallback.tensor for fallback in report.fallbacks} == matrices
+    assert all(fallback.got == report.types[fallback.tensor] != fallback.wanted for fallback in report.fallbacks)

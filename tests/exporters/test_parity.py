@@ -10,9 +10,10 @@ import pytest
 
 from cusprun.anatomy import describe
 from cusprun.compact import compact
-from cusprun.exporters.gguf import QUANTS, export_gguf
+from cusprun.exporters.gguf import export_gguf
 from cusprun.exporters.proof import compare_on_windows, prove_gguf
 from cusprun.plan import LayerPlan, make_plan
+from cusprun.quants import TYPES
 from cusprun.runtimes.gguf_header import load_metadata
 from cusprun.runtimes.llamacpp import LlamaCppRuntime
 from cusprun.runtimes.torch_runtime import TorchRuntime
@@ -128,7 +129,7 @@ def test_wrong_rope_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
-@pytest.mark.parametrize("quant", [quant for quant in QUANTS if quant != "f32"])
+@pytest.mark.parametrize("quant", [quant for quant in TYPES if quant != "f32"])
 def test_rounded_types_stay_near(tmp_path: Path, layout: str, quant: str) -> None:
     found = compare(make(tmp_path / "model", layout=layout, attention_bias=True), tmp_path, quant)
     limit = {"f16": 1e-4, "q8_0": 1e-2}.get(quant, 1.0)

@@ -1,0 +1,38 @@
+"""The types that a .gguf is written in, as llama.cpp names them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+# Where a row does not divide into blocks of 256, llama.cpp takes the first for the second (llama-quant.cpp).
+OF_K = {"Q5_0": "Q4_K", "Q5_1": "Q5_K", "Q8_0": "Q6_K"}
+
+
+@dataclass(frozen=True)
+class QuantType:
+    """One type of file."""
+
+    file_type: str  # its name in gguf.LlamaFileType
+    bits: float  # of a weight, block scales included
+    plain: bool = False  # written as it is, without llama.cpp's quantizer
+    stand_ins: Mapping[str, str] = field(default_factory=dict)  # type that is found -> type that was meant
+    output_stand_ins: Mapping[str, str] = field(default_factory=dict)  # the same of the output matrix alone
+
+
+TYPES: dict[str, QuantType] = {
+    "f32": QuantType("ALL_F32", 32, plain=True),
+    "f16": QuantType("MOSTLY_F16", 16, plain=True),
+    "bf16": QuantType("MOSTLY_BF16", 16, plain=True),
+    "q8_0": QuantType("MOSTLY_Q8_0", 8.5),
+    "q6_k": QuantType("MOSTLY_Q6_K", 6.6, stand_ins=OF_K),
+    "q5_k_m": QuantType("MOSTLY_Q5_K_M", 5.7, stand_ins=OF_K),
+    "q5_0": QuantType("MOSTLY_Q5_0", 5.5, output_stand_ins=OF_K),
+    "q4_k_m": QuantType("MOSTLY_Q4_K_M", 5, stand_ins=OF_K),
+    "q4_1": QuantType("MOSTLY_Q4_1", 5, output_stand_ins=OF_K),
+    "q4_0": QuantType("MOSTLY_Q4_0", 4.5, output_stand_ins=OF_K),
+    "iq4_nl": QuantType("MOSTLY_IQ4_NL", 4.5, stand_ins=OF_K),
+    "iq4_xs": QuantType("MOSTLY_IQ4_XS", 4.3, stand_ins={**OF_K, "IQ4_NL": "IQ4_XS"}),
+    "iq3_m": QuantType("MOSTLY_IQ3_M", 3.7, stand_ins={**OF_K, "IQ4_NL": "IQ3_S", "Q4_0": "Q3_K"}),
+}
+NAMES = " ".join(TYPES)
