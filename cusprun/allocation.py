@@ -19,6 +19,7 @@ from cusprun.anatomy.structure import MIN_FFN, MIN_KV_HEADS
 from cusprun.errors import InvalidRequest
 from cusprun.importance.combine import LayerScores, UnitScores
 from cusprun.plan import LayerPlan, Plan, make_plan
+from cusprun.quants import TYPES
 
 Layout = Literal["uniform", "per-layer"]
 
@@ -26,9 +27,9 @@ EVEN_SHARE = 0.8  # of an even cut's width stays in every layer; chosen on calib
 
 
 def default_align(anatomy: Anatomy, quants: Sequence[str]) -> int:
-    """Channel multiple that the runtimes like: 256 for k-quants of large models, 32 (one block) otherwise."""
+    """Channel multiple that the runtimes like: for large models a block of the widest type, 32 otherwise."""
     wide = min(layer.ffn for layer in anatomy.layers) >= 4096
-    return 256 if wide and any("_k" in quant for quant in quants) else 32
+    return max(TYPES[quant].block for quant in quants) if wide else 32
 
 
 def largest_ratio(anatomy: Anatomy, align: int) -> float:

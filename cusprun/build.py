@@ -28,10 +28,12 @@ from cusprun.dense import Dense, find_dense
 from cusprun.files import sha256_file, written_whole
 from cusprun.preflight import Prepared, model_name, prepare
 from cusprun.progress import say
+from cusprun.quants import is_weighed
 from cusprun.recipe import Recipe
 from cusprun.stages import VERSIONS, Stages, sole_builder, sweep
 
 PROOF_WINDOWS = 8
+IMATRIX_STRIDE = 4  # of the calibration windows every fourth gives the importance matrix
 
 
 def build(recipe: Recipe, *, upto: str = "expert") -> dict[str, Any]:
@@ -75,6 +77,9 @@ class _Build:
     def _export(self, quant: str, model_key: str) -> dict[str, Any]:
         path = self.out / "gguf" / f"{self.prepared.name}-{quant}.gguf"
 
+        weighed = self.recipe.rounding == "imatrix" and is_weighed(quant)
+        matrix = self._imatrix(model_key) if weighed else None
+
         def write() -> dict[str, Any]:
             from cusprun.exporters.gguf import export_gguf
             from cusprun.exporters.proof import prove_gguf
@@ -84,8 +89,9 @@ class _Build:
                 candidate = part.with_name(f"{part.name}.gguf")  # a name that a later build sweeps away
                 try:
                     report = export_gguf(
-                        self.out / "model", candidate, quant, name=self.prepared.name, metadata=self._metadata()
-                    )
+                        self.out / "model", candidate, quant, name=self.prepared.name, metadata=self._metadata(),
+                        imatrix=matrix,
+                    )  # fmt: skip
                     proof = prove_gguf(candidate, self.out / "model", windows, threads=self.recipe.threads)
                     os.replace(candidate, part)
                 finally:
@@ -97,14 +103,32 @@ class _Build:
                 "arch": report.arch,
                 "bytes": report.bytes,
                 "sha256": report.sha256,
+                "rounding": "imatrix" if weighed else "nearest",
                 "fallbacks": [asdict(fallback) for fallback in report.fallbacks],
                 "proof": proof.as_dict(),
             }
 
         names = json.dumps([self.prepared.name, self._metadata()], sort_keys=True)
-        exported = self.stages.step(f"gguf.{quant}", [model_key, names], [path], write)
+        keys = [model_key, names, *([sha256_file(matrix)] if matrix else [])]
+        exported = self.stages.step(f"gguf.{quant}", keys, [path], write)
         value: dict[str, Any] = exported["value"]
         return value
+
+    def _imatrix(self, model_key: str) -> Path:
+        """The expert's importance matrix on some of the calibration windows, in llama.cpp's own form."""
+        path = self.out / "gguf" / f"{self.prepared.name}.imatrix"
+        base = self.cut.base
+        assert base is not None
+        self.stages.step(
+            "imatrix", [model_key, base.key], [path], lambda: self._take_imatrix(self.out / "model", base.windows, path)
+        )
+        return path
+
+    def _take_imatrix(self, folder: Path, windows: Path, path: Path) -> None:
+        from cusprun.exporters.imatrix import collect_imatrix, write_imatrix
+
+        texts = {name: ids[::IMATRIX_STRIDE] for name, ids in read_windows(windows).items()}
+        write_imatrix(path, collect_imatrix(folder, texts, self.recipe.device), list(texts))
 
     def _proof_windows(self) -> np.ndarray:
         """Held-out text in windows, for the comparison with torch."""
@@ -136,14 +160,20 @@ class _Build:
         return {key: value for key, value in values.items() if value}
 
     def _dense_gguf(self, quant: str) -> Path:
-        """The dense model at the same type, written once for all builds."""
+        """The dense model at the same type, rounded in the same way; written once for all builds on the same text."""
         from cusprun.exporters.gguf import export_gguf
 
         name = model_name(self.dense.id)
         folder = cache_folder() / "dense-gguf" / f"{self.dense.key[:16]}-{VERSIONS['gguf']}"
+        matrix = None
+        if self.recipe.rounding == "imatrix" and is_weighed(quant):
+            text = sha256_file(self.cut.windows_path)[:16]
+            matrix, name = folder / f"{name}-{text}.imatrix", f"{name}-{text}"
+            if not matrix.is_file():
+                self._take_imatrix(self.dense.folder, self.cut.windows_path, matrix)
         path = folder / f"{name}-{quant}.gguf"
         if not path.is_file():
-            export_gguf(self.dense.folder, path, quant, name=name)
+            export_gguf(self.dense.folder, path, quant, name=model_name(self.dense.id), imatrix=matrix)
         return path
 
     # figures ---------------------------------------------------------------------------------------------------------

@@ -118,12 +118,19 @@ def export(
     out: Annotated[Path, typer.Option(help="The .gguf file to write, or a folder for it.")],
     quant: Annotated[str, typer.Option(help=f"{NAMES}.")] = "q8_0",
     name: Annotated[str | None, typer.Option(help="Name in the file; default: the folder's.")] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(help="An importance matrix, ours or llama.cpp's, to weigh the rounding by.")
+    ] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="Text to take an importance matrix of; it is written beside the file.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1024, help="Tokens of that text.")] = 16384,
     threads: Threads = None,
     json_: Json = False,
 ) -> None:
     """Write a model folder as a GGUF file that llama.cpp runs.
 
-    Example: cusprun-edge export expert/model --quant q4_0 --out expert-q4_0.gguf
+    Example: cusprun-edge export expert/model --quant q4_0 --corpus contracts.txt --out expert-q4_0.gguf
     """
     from cusprun.exporters.gguf import export_gguf
 
@@ -131,7 +138,13 @@ def export(
     target = out if out.suffix == ".gguf" else out / f"{name}-{quant}.gguf"
     if target.exists():
         raise InvalidRequest(f"--out {target} exists; choose another name or remove it")
-    report = export_gguf(model, target, quant, name=name, threads=threads)
+    if imatrix and corpus:
+        raise InvalidRequest("--imatrix and --corpus are two ways to the same: give one")
+    if corpus is not None:
+        from cusprun.exporters.imatrix import imatrix_of_text
+
+        imatrix = imatrix_of_text(model, corpus, target.with_suffix(".imatrix"), tokens)
+    report = export_gguf(model, target, quant, name=name, imatrix=imatrix, threads=threads)
     if json_:
         print_json(
             {"path": str(report.path), "quant": quant, "arch": report.arch, "bytes": report.bytes,

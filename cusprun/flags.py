@@ -45,6 +45,9 @@ Align = Annotated[int | None, typer.Option(help="FFN widths are multiples of thi
 Tokens = Annotated[int | None, typer.Option(help="Calibration tokens, shared by the dimensions.")]
 Window = Annotated[int | None, typer.Option(help="Tokens of one calibration window.")]
 Quant = Annotated[list[str] | None, typer.Option(help=f"GGUF type: {NAMES}; repeat.")]
+Rounding = Annotated[
+    str | None, typer.Option(help="Below 8 bits: to the nearest, or by an imatrix of the calibration text (default).")
+]
 Measure = Annotated[bool | None, typer.Option("--measure/--no-measure", help="Measure dense and expert.")]
 EvalTokens = Annotated[int | None, typer.Option(help="Tokens of each evaluation text.")]
 Questions = Annotated[int | None, typer.Option(help="Most multiple-choice questions to ask.")]
@@ -67,8 +70,8 @@ PRUNING = {
     "recover_tokens": RecoverTokens, "recover_rate": RecoverRate, "seed": Seed, "device": Device,
 }  # fmt: skip
 BUILDING = {
-    "model": Model, **PRUNING, "quant": Quant, "measure": Measure, "eval_tokens": EvalTokens, "questions": Questions,
-    "repetitions": Repetitions, "threads": Threads, "name": Name, "out": Out,
+    "model": Model, **PRUNING, "quant": Quant, "rounding": Rounding, "measure": Measure, "eval_tokens": EvalTokens,
+    "questions": Questions, "repetitions": Repetitions, "threads": Threads, "name": Name, "out": Out,
 }  # fmt: skip
 
 

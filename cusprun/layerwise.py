@@ -102,16 +102,22 @@ class LayerwiseModel:
         return bfloat16_layers(self.device) if self.fast else nullcontext()
 
     @contextmanager
+    def final_norm(self) -> Iterator[Any]:
+        """The norm behind the last layer, with its weights inside."""
+        norm = self._norm.to_empty(device=self.device)
+        with torch.no_grad():
+            norm.weight.copy_(self.weights[self.anatomy.family.final_norm])
+        yield norm
+        norm.to("meta")
+
+    @contextmanager
     def head(self) -> Iterator[Any]:
         """The final norm and the output matrix as one function: hidden states (…, hidden) to logits (…, vocabulary)."""
         family = self.anatomy.family
-        norm = self._norm.to_empty(device=self.device)
-        with torch.no_grad():
-            norm.weight.copy_(self.weights[family.final_norm])
         name = family.embedding if self.anatomy.tied else family.output
         matrix = self._output if self._output is not None else self.weights[name].float().to(self.device)
         if self._stay:
             self._output = matrix
-        yield lambda states: norm(states) @ matrix.T
-        norm.to("meta")
+        with self.final_norm() as norm:
+            yield lambda states: norm(states) @ matrix.T
         release_freed()

@@ -16,6 +16,8 @@ class QuantType:
     file_type: str  # its name in gguf.LlamaFileType
     bits: float  # of a weight, block scales included
     plain: bool = False  # written as it is, without llama.cpp's quantizer
+    needs_imatrix: bool = False
+    block: int = 32  # row length that most of its matrices need
     stand_ins: Mapping[str, str] = field(default_factory=dict)  # type that is found -> type that was meant
     output_stand_ins: Mapping[str, str] = field(default_factory=dict)  # the same of the output matrix alone
 
@@ -25,14 +27,26 @@ TYPES: dict[str, QuantType] = {
     "f16": QuantType("MOSTLY_F16", 16, plain=True),
     "bf16": QuantType("MOSTLY_BF16", 16, plain=True),
     "q8_0": QuantType("MOSTLY_Q8_0", 8.5),
-    "q6_k": QuantType("MOSTLY_Q6_K", 6.6, stand_ins=OF_K),
-    "q5_k_m": QuantType("MOSTLY_Q5_K_M", 5.7, stand_ins=OF_K),
+    "q6_k": QuantType("MOSTLY_Q6_K", 6.6, block=256, stand_ins=OF_K),
+    "q5_k_m": QuantType("MOSTLY_Q5_K_M", 5.7, block=256, stand_ins=OF_K),
     "q5_0": QuantType("MOSTLY_Q5_0", 5.5, output_stand_ins=OF_K),
-    "q4_k_m": QuantType("MOSTLY_Q4_K_M", 5, stand_ins=OF_K),
+    "q4_k_m": QuantType("MOSTLY_Q4_K_M", 5, block=256, stand_ins=OF_K),
     "q4_1": QuantType("MOSTLY_Q4_1", 5, output_stand_ins=OF_K),
     "q4_0": QuantType("MOSTLY_Q4_0", 4.5, output_stand_ins=OF_K),
     "iq4_nl": QuantType("MOSTLY_IQ4_NL", 4.5, stand_ins=OF_K),
-    "iq4_xs": QuantType("MOSTLY_IQ4_XS", 4.3, stand_ins={**OF_K, "IQ4_NL": "IQ4_XS"}),
-    "iq3_m": QuantType("MOSTLY_IQ3_M", 3.7, stand_ins={**OF_K, "IQ4_NL": "IQ3_S", "Q4_0": "Q3_K"}),
+    "iq4_xs": QuantType("MOSTLY_IQ4_XS", 4.3, block=256, stand_ins={**OF_K, "IQ4_NL": "IQ4_XS"}),
+    "iq3_m": QuantType("MOSTLY_IQ3_M", 3.7, block=256, stand_ins={**OF_K, "IQ4_NL": "IQ3_S", "Q4_0": "Q3_K"}),
+    "iq2_m": QuantType(
+        "MOSTLY_IQ2_M",
+        2.7,
+        needs_imatrix=True,
+        block=256,
+        stand_ins={**OF_K, "IQ4_NL": "IQ2_S or IQ3_S", "Q4_0": "Q2_K"},
+    ),
 }
 NAMES = " ".join(TYPES)
+
+
+def is_weighed(quant: str) -> bool:
+    """Whether an importance matrix changes how the type rounds."""
+    return not TYPES[quant].plain and quant != "q8_0"

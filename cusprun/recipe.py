@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cusprun.errors import InvalidRequest
 from cusprun.files import written_whole
+from cusprun.quants import TYPES
 
 DEFAULT_RATIO = 0.25
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -25,6 +26,7 @@ WINDOW = 512
 
 Quant = Literal[
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "iq3_m",
+    "iq2_m",
 ]  # fmt: skip
 Method = Literal[
     "refit", "cus-prun", "llm-pruner", "llm-pruner-vector", "llm-pruner-element2", "llm-pruner-mix",
@@ -70,6 +72,9 @@ class Recipe(BaseModel):
     recover_tokens: int = Field(65536, ge=1024, description="calibration tokens that recovery reads in all")
     recover_rate: float = Field(1e-4, gt=0, lt=1, description="learning rate of recovery")
     quant: tuple[Quant, ...] = Field(("q8_0",), min_length=1, description="GGUF types to write")
+    rounding: Literal["nearest", "imatrix"] = Field(
+        "imatrix", description="how weights are rounded below eight bits: to the nearest, or weighed by their inputs"
+    )
     measure: bool = Field(True, description="measure dense and expert after the export")
     eval_tokens: int = Field(6144, ge=1024, description="tokens of each evaluation text")
     questions: int = Field(64, ge=1, description="most questions to ask")
@@ -96,6 +101,9 @@ class Recipe(BaseModel):
         if self.epsilon is not None and self.widths not in (None, "scores"):
             problems.append(f"epsilon decides the widths: widths {self.widths} cannot")
         problems += _wrong_weights(self.weight)
+        needing = [quant for quant in self.quant if TYPES[quant].needs_imatrix]
+        if needing and self.rounding == "nearest":
+            problems.append(f"quant {needing[0]} needs an importance matrix: rounding nearest cannot give it")
         if len(set(self.quant)) < len(self.quant):
             problems.append("quant names a type twice")
         if problems:

@@ -32,6 +32,7 @@ VERSIONS = {
     "refit": 3,
     "compacted": 1,
     "model": 2,
+    "imatrix": 1,
     "gguf": 1,
     "quality": 1,
     "questions": 1,

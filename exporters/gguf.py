@@ -18,6 +18,7 @@ from cusprun.anatomy import Anatomy, describe, read_config
 from cusprun.checkpoint import Weights
 from cusprun.errors import Failed, InvalidRequest
 from cusprun.exporters import gguf_metadata, gguf_tensors, gguf_tokenizer
+from cusprun.exporters.imatrix import read_imatrix
 from cusprun.files import aside, sha256_file, written_whole
 from cusprun.progress import say
 from cusprun.quants import TYPES
@@ -63,17 +64,23 @@ def export_gguf(
     *,
     name: str | None = None,
     metadata: Mapping[str, str] | None = None,
+    imatrix: Path | None = None,
     threads: int | None = None,
 ) -> GgufReport:
     """Writes the model folder ``model_dir`` to ``out`` as ``quant``, one of :data:`cusprun.quants.TYPES`.
 
-    ``name`` goes into general.name (default: the folder's), ``metadata`` into the keys that gguf_metadata lists.
+    ``name`` goes into general.name (default: the folder's), ``metadata`` into the keys that gguf_metadata lists;
+    ``imatrix`` is a file of :mod:`cusprun.exporters.imatrix` or llama.cpp's own, which the quantizer weighs errors by.
     ``out`` appears whole or not at all. Raises InvalidRequest where the request or the folder makes no sense, Failed
     naming the tensor where weights are not finite or do not fit.
     """
     if quant not in TYPES:
         raise InvalidRequest(f"quantization {quant!r} is unknown: write one of {', '.join(TYPES)}")
+    if TYPES[quant].needs_imatrix and imatrix is None:
+        raise InvalidRequest(f"{quant} needs an importance matrix: give one with --imatrix FILE, or text with --corpus")
     gguf_metadata.check_metadata(metadata or {})
+    if imatrix is not None:
+        read_imatrix(imatrix)
     source = _Source(model_dir, name or model_dir.resolve().name, metadata or {})
     try:
         with written_whole(out) as part:
@@ -83,8 +90,9 @@ def export_gguf(
                 with _scratch(part) as whole:
                     source.write(whole, source.matrix_type, file_type(source.matrix_type.lower()))
                     run_in_child(
-                        quantize_file, str(whole), str(part), int(file_type(quant)), threads or default_threads()
-                    )
+                        quantize_file, str(whole), str(part), int(file_type(quant)), threads or default_threads(),
+                        str(imatrix) if imatrix is not None else None,
+                    )  # fmt: skip
             info = load_metadata(part)
     except OSError as error:
         raise Failed(f"{out} could not be written: {error.strerror or error}") from error
@@ -149,7 +157,7 @@ class _Source:
             writer.close()
 
 
-def quantize_file(source: str, out: str, file_type: int, threads: int) -> None:
+def quantize_file(source: str, out: str, file_type: int, threads: int, imatrix: str | None = None) -> None:
     """Quantizes one .gguf into another with llama.cpp; runs in a child process, for llama.cpp may abort.
 
     Raises Failed with llama.cpp's reason.
@@ -165,6 +173,13 @@ def quantize_file(source: str, out: str, file_type: int, threads: int) -> None:
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = file_type
     parameters.nthread = threads
+    if imatrix is not None:
+        means = read_imatrix(Path(imatrix))
+        entries = (llama_cpp.llama_model_imatrix_data * (len(means) + 1))()  # the last, empty one ends the list
+        for entry, (name, values) in zip(entries, means.items(), strict=False):
+            entry.name, entry.size = name.encode(), values.size
+            entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        parameters.imatrix = entries
     if llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(parameters)) != 0:
         raise Failed(f"llama.cpp does not quantize {source}: {llamacpp.logged()}")
 

@@ -47,12 +47,12 @@ def plan_tensors(anatomy: Anatomy, matrix_type: str, rope_freqs: np.ndarray | No
     """Every tensor in the order in which it is written: matrices in ``matrix_type``, vectors in F32."""
     plans = [] if rope_freqs is None else [TensorPlan(ROPE_FREQS, None, rope_freqs.shape, "F32", 0)]
     for source, shape in anatomy.tensor_shapes():
-        name, rotary_heads = _gguf_name(anatomy, source)
+        name, rotary_heads = gguf_name(anatomy, source)
         plans.append(TensorPlan(name, source, shape, matrix_type if len(shape) == 2 else "F32", rotary_heads))
     return plans
 
 
-def _gguf_name(anatomy: Anatomy, source: str) -> tuple[str, int]:
+def gguf_name(anatomy: Anatomy, source: str) -> tuple[str, int]:
     """llama.cpp's name of a tensor, and the heads whose rows rotate (q and k)."""
     stem, _, kind = source.rpartition(".")  # kind: weight or bias
     for layer, widths in enumerate(anatomy.layers):

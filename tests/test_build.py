@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from gguf import GGUFReader
 from safetensors.numpy import load_file
 
 from cusprun.anatomy import describe
@@ -260,3 +261,36 @@ def test_tied_and_untied_mistral_build(tmp_path: Path, own_text: Path) -> None:
     run("build", "--model", model, "--corpus", own_text, "--out", tmp_path / "e", *QUICK)
     card = json.loads((tmp_path / "e" / "expert.json").read_text())
     assert card["artifacts"][0]["arch"] == "deci"
+
+
+def test_rounding_goes_by_the_calibration_text(tmp_path: Path, pico_model: Path, own_text: Path) -> None:
+    wish = ["build", "--model", pico_model, "--corpus", own_text, "--quant", "q4_0", "--out"]
+    for rounding in ("imatrix", "nearest"):
+        run(
+            *wish,
+            tmp_path / rounding,
+            "--rounding",
+            rounding,
+            *(flag for flag in QUICK if flag not in ("--quant", "f32")),
+        )
+    weighed, nearest = (
+        json.loads((tmp_path / name / "expert.json").read_text())["artifacts"][0] for name in ("imatrix", "nearest")
+    )
+    assert (weighed["rounding"], nearest["rounding"]) == ("imatrix", "nearest")
+    assert weighed["sha256"] != nearest["sha256"]
+    (matrix,) = (tmp_path / "imatrix" / "gguf").glob("*.imatrix")
+    assert not list((tmp_path / "nearest" / "gguf").glob("*.imatrix"))
+    again = tmp_path / "again.gguf"
+    run("export", tmp_path / "imatrix" / "model", "--quant", "q4_0", "--imatrix", matrix, "--out", again)
+    tensors = [
+        {tensor.name: tensor.data.tobytes() for tensor in GGUFReader(path).tensors}
+        for path in (again, next((tmp_path / "imatrix" / "gguf").glob("*.gguf")))
+    ]
+    assert tensors[0] == tensors[1]
+
+
+def test_an_export_takes_an_importance_matrix_of_text(tmp_path: Path, pico_model: Path, own_text: Path) -> None:
+    target = tmp_path / "x.gguf"
+    run("export", pico_model, "--quant", "iq2_m", "--corpus", own_text, "--tokens", 4096, "--out", target)
+    assert target.is_file()
+    assert target.with_suffix(".imatrix").is_file()

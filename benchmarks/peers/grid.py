@@ -42,6 +42,7 @@ AFTER_PRUNE = {
     "model",
     "revision",
     "device",
+    "rounding",
     "measure",
     "eval_tokens",
     "questions",
@@ -50,7 +51,7 @@ AFTER_PRUNE = {
     "name",
     "out",
 }  # fields of the recipe that leave the pruned model as it is, or that the key holds otherwise
-LATER = {"gguf", "quality", "questions", "speed"}  # stages that come after the prune
+LATER = {"imatrix", "gguf", "quality", "questions", "speed"}  # stages that come after the prune
 STAGE_LINE = re.compile(r"^([a-z0-9._]+): (?:done before, kept|[0-9.]+ s)$")
 
 # More to measure of a cell's model: the gauge, the model folder, its calibration windows, the held-out texts.

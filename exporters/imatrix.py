@@ -1,0 +1,138 @@
+"""Importance matrix: how large the inputs of every matrix are, by column, for llama.cpp's quantizer to weigh errors by.
+
+The file is llama.cpp's own: a GGUF of type ``imatrix`` with Σ x² and the count of tokens for each matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+from cusprun.anatomy import describe
+from cusprun.checkpoint import load_tokenizer
+from cusprun.corpora.document import Scenario
+from cusprun.corpora.own import read_own
+from cusprun.corpora.packing import pack_windows
+from cusprun.errors import InvalidRequest
+from cusprun.exporters.gguf_tensors import gguf_name
+from cusprun.files import written_whole
+from cusprun.layerwise import LayerwiseModel, check_window
+from cusprun.progress import track
+
+SUMS, COUNTS = ".in_sum2", ".counts"
+BATCH_TOKENS = 2048
+WINDOW = 512
+
+
+@dataclass(frozen=True)
+class Imatrix:
+    """Σ x² over ``tokens`` tokens by input column, (columns,) float64, for each matrix by its name in a .gguf."""
+
+    sums: Mapping[str, np.ndarray]
+    tokens: int
+    window: int
+
+    def means(self) -> dict[str, np.ndarray]:
+        """E[x²] by column, (columns,) float32."""
+        return {name: (values / self.tokens).astype(np.float32) for name, values in self.sums.items()}
+
+
+@torch.no_grad()
+def collect_imatrix(model_dir: Path, windows: Mapping[str, np.ndarray], device: str = "cpu") -> Imatrix:
+    """Takes windows of token ids, (n, window) a text, through the model folder, one layer in memory at a time.
+
+    Every matrix of the layers is in it, and the output matrix where it is none of the embeddings'. Raises
+    InvalidRequest where there is no text or a window is longer than the model reads.
+    """
+    anatomy = describe(model_dir)
+    model = LayerwiseModel(model_dir, anatomy, device, fast=True)
+    if not any(ids.size for ids in windows.values()):
+        raise InvalidRequest("an importance matrix needs calibration text")
+    longest = max(ids.shape[1] for ids in windows.values())
+    check_window(model.config, longest)
+    batches = [
+        part
+        for ids in windows.values()
+        for part in model.embed(ids).split(max(1, BATCH_TOKENS // ids.shape[1]))
+        if len(part)
+    ]
+    sums: dict[str, np.ndarray] = {}
+    for index in track(range(len(anatomy.layers)), "importance matrix, layer by layer"):
+        with model.layer(index) as layer:
+            names = {
+                module: gguf_name(anatomy, f"{anatomy.prefix(index)}{name}.weight")[0]
+                for name, module in layer.named_modules()
+                if isinstance(module, torch.nn.Linear)
+            }
+            totals = {name: torch.zeros(module.in_features, dtype=torch.float64) for module, name in names.items()}
+
+            def add(module: Any, inputs: tuple[torch.Tensor], _: Any, names: Any = names, totals: Any = totals) -> None:
+                totals[names[module]] += inputs[0].flatten(0, -2).float().square().sum(0, dtype=torch.float64).cpu()
+
+            handles = [module.register_forward_hook(add) for module in names]
+            batches = [model.forward(layer, batch.to(device)) for batch in batches]
+            for handle in handles:
+                handle.remove()
+            sums |= {name: total.numpy() for name, total in totals.items()}
+    if not anatomy.tied:
+        with model.final_norm() as norm:
+            total = sum(norm(batch).flatten(0, 1).square().sum(0, dtype=torch.float64).cpu() for batch in batches)
+            assert isinstance(total, torch.Tensor)
+            sums[gguf_name(anatomy, anatomy.family.output)[0]] = total.numpy()
+    return Imatrix(sums, sum(ids.size for ids in windows.values()), longest)
+
+
+def imatrix_of_text(model_dir: Path, corpus: Path, path: Path, tokens: int) -> Path:
+    """The importance matrix of a model folder on about ``tokens`` tokens of the user's text, written to ``path``.
+
+    All of the text may be read: what is evaluated later has to be other text. Raises InvalidRequest where the text is
+    missing, in no form that is read, or too short.
+    """
+    documents = read_own(corpus, f"file:{corpus.name}", Scenario())
+    windows = pack_windows(documents, load_tokenizer(model_dir), tokens, WINDOW, seed=0)
+    write_imatrix(path, collect_imatrix(model_dir, {corpus.name: windows}), [corpus.name])
+    return path
+
+
+def write_imatrix(path: Path, found: Imatrix, texts: Sequence[str]) -> None:
+    """Writes llama.cpp's file, whole or not at all; ``texts`` names what it was taken of."""
+    with written_whole(path) as part:
+        writer = gguf.GGUFWriter(part, "imatrix")
+        writer.add_type("imatrix")
+        writer.add_array("imatrix.datasets", list(texts))
+        writer.add_uint32("imatrix.chunk_count", found.tokens // found.window)
+        writer.add_uint32("imatrix.chunk_size", found.window)
+        for name, values in found.sums.items():
+            writer.add_tensor(name + SUMS, values.astype(np.float32).reshape(1, -1))
+            writer.add_tensor(name + COUNTS, np.full((1, 1), found.tokens, dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def read_imatrix(path: Path) -> dict[str, np.ndarray]:
+    """E[x²] by column, (columns,) float32, by matrix, from a file of llama.cpp's or ours.
+
+    Raises InvalidRequest where it is no importance matrix.
+    """
+    try:
+        reader = gguf.GGUFReader(path)
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise InvalidRequest(f"{path} is no importance matrix in GGUF form: {error}") from error
+    tensors = {tensor.name: np.asarray(tensor.data, dtype=np.float32).reshape(-1) for tensor in reader.tensors}
+    found = {}
+    for name in (name.removesuffix(SUMS) for name in tensors if name.endswith(SUMS)):
+        sums, counts = tensors[name + SUMS], tensors.get(name + COUNTS)
+        if counts is None or counts.size != 1 or not float(counts[0]) > 0 or not np.isfinite(sums).all():
+            raise InvalidRequest(f"{path}: {name} has no count of tokens, or sums that are no numbers")
+        found[name] = sums / float(counts[0])
+    if not found:
+        raise InvalidRequest(f"{path} holds no importance matrix: it needs tensors called *{SUMS}")
+    return found
