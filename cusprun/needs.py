@@ -12,6 +12,7 @@ from cusprun.recipe import Recipe
 EFFICIENCY = 0.6
 TEXTS = 3
 QUESTION_TOKENS = 300
+HELD_BYTES = 2**29  # as in layerwise and refit
 CUTS = 5  # of a layer, whose losses are measured
 
 
@@ -56,8 +57,17 @@ def needs(recipe: Recipe, sizes: Sizes, artifacts: bool) -> tuple[int, int]:
     layer = anatomy.layer_parameters(anatomy.layers[0]) * 4
     embedding = anatomy.vocab_size * anatomy.hidden_size * 4
     memory: float = 2 * hidden + embedding + 3 * layer
+    if recipe.method == "refit":
+        memory += _if_held(sum(map(anatomy.layer_parameters, anatomy.layers)) * 4)
+        widest = max(max(widths.ffn, widths.heads * anatomy.head_dim) for widths in anatomy.layers)
+        memory += _if_held(recipe.tokens * widest * 4) + 6 * widest**2 * 8
     if artifacts:
         files = sum(sizes.parameters * kept * TYPES[quant].bits / 8 for quant in recipe.quant)
         disk += files + sizes.parameters * kept * 4  # the float32 file that is quantized
         memory = max(memory, sizes.parameters * kept * 8)  # torch and the widest .gguf side by side
-    return int(disk * 1.1), int(memory + 2**30 * 0.8)
+    return int(disk * 1.1), int(memory + 2**30)
+
+
+def _if_held(size: int) -> int:
+    """What stays in memory where it is small, and is made again each time where it is not."""
+    return size if size <= HELD_BYTES else 0
