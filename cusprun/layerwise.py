@@ -14,9 +14,7 @@ from cusprun.anatomy import Anatomy
 from cusprun.arithmetic import bfloat16_layers
 from cusprun.checkpoint import Weights
 from cusprun.errors import InvalidRequest
-from cusprun.memory import release_freed
-
-HELD_BYTES = 2**29  # of all layers together, at most, for weights to stay in memory once they were read
+from cusprun.memory import HELD_BYTES, release_freed
 
 
 def check_window(config: Any, window: int) -> None:

@@ -1,9 +1,11 @@
-"""Gives freed memory back to the system: what a layer took, the next one finds whole again."""
+"""What stays in memory, and what is given back: what a layer took, the next one finds whole again."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+
+HELD_BYTES = 2**29  # of one kind, at most, that is kept because it will be wanted again
 
 
 def release_freed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from cusprun.dense import Sizes
+from cusprun.memory import HELD_BYTES
 from cusprun.quants import TYPES
 from cusprun.recipe import Recipe
 
@@ -12,7 +13,6 @@ from cusprun.recipe import Recipe
 EFFICIENCY = 0.6
 TEXTS = 3
 QUESTION_TOKENS = 300
-HELD_BYTES = 2**29  # as in layerwise and refit
 CUTS = 5  # of a layer, whose losses are measured
 
 

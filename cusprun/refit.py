@@ -31,14 +31,13 @@ from cusprun.files import folder_written_whole
 from cusprun.gram import Gram
 from cusprun.layerwise import LayerwiseModel, check_window
 from cusprun.least_squares import fit
+from cusprun.memory import HELD_BYTES
 from cusprun.plan import LayerPlan, Plan, make_plan
 from cusprun.progress import track
 from cusprun.surgeon import choose_columns, choose_groups
 
 DOWN, OUTPUT = "mlp.down_proj", "self_attn.o_proj"
 BATCH_TOKENS = 4096
-HELD_BYTES = 2**29  # for a matrix's inputs, kept for use after the fit, beside its moments; else they are made twice
-
 MATRICES = {"attention": OUTPUT, "ffn": DOWN}
 
 Kind = Literal["attention", "ffn"]
