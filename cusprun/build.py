@@ -6,6 +6,7 @@ with the same bytes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ from cusprun.dense import Dense, find_dense
 from cusprun.files import sha256_file, written_whole
 from cusprun.preflight import Prepared, model_name, prepare
 from cusprun.progress import say
-from cusprun.quants import is_weighed
+from cusprun.quants import TYPES, is_weighed, parse_override
 from cusprun.recipe import Recipe
 from cusprun.stages import VERSIONS, Stages, sole_builder, sweep
 
@@ -79,6 +80,7 @@ class _Build:
 
         weighed = self.recipe.rounding == "imatrix" and is_weighed(quant)
         matrix = self._imatrix(model_key) if weighed else None
+        overrides = [parse_override(value) for value in self.recipe.tensor_type]
 
         def write() -> dict[str, Any]:
             from cusprun.exporters.gguf import export_gguf
@@ -90,7 +92,7 @@ class _Build:
                 try:
                     report = export_gguf(
                         self.out / "model", candidate, quant, name=self.prepared.name, metadata=self._metadata(),
-                        imatrix=matrix,
+                        imatrix=matrix, overrides=[] if TYPES[quant].plain else overrides,
                     )  # fmt: skip
                     proof = prove_gguf(candidate, self.out / "model", windows, threads=self.recipe.threads)
                     os.replace(candidate, part)
@@ -109,7 +111,7 @@ class _Build:
             }
 
         names = json.dumps([self.prepared.name, self._metadata()], sort_keys=True)
-        keys = [model_key, names, *([sha256_file(matrix)] if matrix else [])]
+        keys = [model_key, names, *self.recipe.tensor_type, *([sha256_file(matrix)] if matrix else [])]
         exported = self.stages.step(f"gguf.{quant}", keys, [path], write)
         value: dict[str, Any] = exported["value"]
         return value
@@ -165,7 +167,9 @@ class _Build:
 
         name = model_name(self.dense.id)
         folder = cache_folder() / "dense-gguf" / f"{self.dense.key[:16]}-{VERSIONS['gguf']}"
-        matrix = None
+        matrix, overrides = None, [] if TYPES[quant].plain else list(map(parse_override, self.recipe.tensor_type))
+        if overrides:
+            name += "-" + hashlib.sha256(repr(overrides).encode()).hexdigest()[:8]
         if self.recipe.rounding == "imatrix" and is_weighed(quant):
             text = sha256_file(self.cut.windows_path)[:16]
             matrix, name = folder / f"{name}-{text}.imatrix", f"{name}-{text}"
@@ -173,7 +177,9 @@ class _Build:
                 self._take_imatrix(self.dense.folder, self.cut.windows_path, matrix)
         path = folder / f"{name}-{quant}.gguf"
         if not path.is_file():
-            export_gguf(self.dense.folder, path, quant, name=model_name(self.dense.id), imatrix=matrix)
+            export_gguf(
+                self.dense.folder, path, quant, name=model_name(self.dense.id), imatrix=matrix, overrides=overrides
+            )
         return path
 
     # figures ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import typer
 from cusprun import __version__, cli_corpora, flags
 from cusprun.errors import Failed, InvalidRequest, reason_of
 from cusprun.flags import Json, print_json
-from cusprun.quants import NAMES
+from cusprun.quants import NAMES, parse_override
 
 app = typer.Typer(
     name="cusprun-edge",
@@ -125,6 +125,7 @@ def export(
         Path | None, typer.Option(help="Text to take an importance matrix of; it is written beside the file.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1024, help="Tokens of that text.")] = 16384,
+    tensor_type: Annotated[list[str] | None, typer.Option(help="Type of single tensors, REGEX=TYPE; repeat.")] = None,
     threads: Threads = None,
     json_: Json = False,
 ) -> None:
@@ -138,13 +139,14 @@ def export(
     target = out if out.suffix == ".gguf" else out / f"{name}-{quant}.gguf"
     if target.exists():
         raise InvalidRequest(f"--out {target} exists; choose another name or remove it")
+    overrides = [parse_override(value) for value in tensor_type or []]
     if imatrix and corpus:
         raise InvalidRequest("--imatrix and --corpus are two ways to the same: give one")
     if corpus is not None:
         from cusprun.exporters.imatrix import imatrix_of_text
 
         imatrix = imatrix_of_text(model, corpus, target.with_suffix(".imatrix"), tokens)
-    report = export_gguf(model, target, quant, name=name, imatrix=imatrix, threads=threads)
+    report = export_gguf(model, target, quant, name=name, imatrix=imatrix, overrides=overrides, threads=threads)
     if json_:
         print_json(
             {"path": str(report.path), "quant": quant, "arch": report.arch, "bytes": report.bytes,

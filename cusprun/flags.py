@@ -45,6 +45,7 @@ Align = Annotated[int | None, typer.Option(help="FFN widths are multiples of thi
 Tokens = Annotated[int | None, typer.Option(help="Calibration tokens, shared by the dimensions.")]
 Window = Annotated[int | None, typer.Option(help="Tokens of one calibration window.")]
 Quant = Annotated[list[str] | None, typer.Option(help=f"GGUF type: {NAMES}; repeat.")]
+TensorType = Annotated[list[str] | None, typer.Option(help="Type of single tensors, REGEX=TYPE; repeat.")]
 Rounding = Annotated[
     str | None, typer.Option(help="Below 8 bits: to the nearest, or by an imatrix of the calibration text (default).")
 ]
@@ -70,8 +71,9 @@ PRUNING = {
     "recover_tokens": RecoverTokens, "recover_rate": RecoverRate, "seed": Seed, "device": Device,
 }  # fmt: skip
 BUILDING = {
-    "model": Model, **PRUNING, "quant": Quant, "rounding": Rounding, "measure": Measure, "eval_tokens": EvalTokens,
-    "questions": Questions, "repetitions": Repetitions, "threads": Threads, "name": Name, "out": Out,
+    "model": Model, **PRUNING, "quant": Quant, "rounding": Rounding, "tensor_type": TensorType, "measure": Measure,
+    "eval_tokens": EvalTokens, "questions": Questions, "repetitions": Repetitions, "threads": Threads, "name": Name,
+    "out": Out,
 }  # fmt: skip
 
 

@@ -71,7 +71,10 @@ class LayerwiseModel:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[Any]:
-        """The decoder layer with its weights inside; a bare skeleton again after, where not all may stay."""
+        """The decoder layer with its weights inside; a bare skeleton again after, where not all may stay.
+
+        Asked for again inside it is the same.
+        """
         if index in self._loaded:
             yield self.layers[index]
             return
@@ -81,11 +84,11 @@ class LayerwiseModel:
             with torch.no_grad():
                 for name, parameter in layer.state_dict().items():  # one after the other: no second copy of the layer
                     parameter.copy_(self.weights[prefix + name])
-            if self._stay:
-                self._loaded.add(index)
+            self._loaded.add(index)
             yield layer
         finally:
             if not self._stay:
+                self._loaded.discard(index)
                 layer.to("meta")
                 release_freed()
 

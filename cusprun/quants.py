@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from cusprun.errors import InvalidRequest
 
 # Where a row does not divide into blocks of 256, llama.cpp takes the first for the second (llama-quant.cpp).
 OF_K = {"Q5_0": "Q4_K", "Q5_1": "Q5_K", "Q8_0": "Q6_K"}
@@ -45,6 +48,27 @@ TYPES: dict[str, QuantType] = {
     ),
 }
 NAMES = " ".join(TYPES)
+# What a single tensor may be.
+OF_TENSORS = (
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "iq3_s",
+    "q3_k", "q2_k",
+)  # fmt: skip
+
+
+def parse_override(value: str) -> tuple[str, str]:
+    """``REGEX=TYPE`` as --tensor-type takes it. Raises InvalidRequest where it is not that."""
+    pattern, equals, kind = value.rpartition("=")
+    if not equals or not pattern:
+        raise InvalidRequest(f"--tensor-type {value}: write REGEX=TYPE, such as ffn_down=q8_0")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InvalidRequest(f"--tensor-type {value}: {pattern!r} is no regular expression: {error}") from error
+    if kind.lower() not in OF_TENSORS:
+        raise InvalidRequest(
+            f"--tensor-type {value}: {kind!r} is no type of a tensor; write one of {', '.join(OF_TENSORS)}"
+        )
+    return pattern, kind.lower()
 
 
 def is_weighed(quant: str) -> bool:

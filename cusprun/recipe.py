@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cusprun.errors import InvalidRequest
 from cusprun.files import written_whole
-from cusprun.quants import TYPES
+from cusprun.quants import TYPES, parse_override
 
 DEFAULT_RATIO = 0.25
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -75,6 +75,7 @@ class Recipe(BaseModel):
     rounding: Literal["nearest", "imatrix"] = Field(
         "imatrix", description="how weights are rounded below eight bits: to the nearest, or weighed by their inputs"
     )
+    tensor_type: tuple[str, ...] = Field((), description="REGEX=TYPE of single tensors in the .gguf")
     measure: bool = Field(True, description="measure dense and expert after the export")
     eval_tokens: int = Field(6144, ge=1024, description="tokens of each evaluation text")
     questions: int = Field(64, ge=1, description="most questions to ask")
@@ -101,6 +102,11 @@ class Recipe(BaseModel):
         if self.epsilon is not None and self.widths not in (None, "scores"):
             problems.append(f"epsilon decides the widths: widths {self.widths} cannot")
         problems += _wrong_weights(self.weight)
+        for value in self.tensor_type:
+            try:
+                parse_override(value)
+            except InvalidRequest as error:
+                problems.append(str(error))
         needing = [quant for quant in self.quant if TYPES[quant].needs_imatrix]
         if needing and self.rounding == "nearest":
             problems.append(f"quant {needing[0]} needs an importance matrix: rounding nearest cannot give it")

@@ -106,9 +106,7 @@ def _layers(
 ) -> Iterator[dict[Cut, _Effect]]:
     """What the cuts of each layer do."""
     reference = _reference(model, probes)
-    passes = walk(
-        dense, model.anatomy, {**windows, PROBES: probes}, label="sensitivity", device=model.device, fast=True
-    )
+    passes = walk(dense, model.anatomy, {**windows, PROBES: probes}, label="sensitivity", model=model)
     for index, batches in passes:
         cuts = _Cuts(model, index, batches)
         found = _effects(model, index + 1, cuts.narrower(deep), reference, probes)

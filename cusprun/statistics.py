@@ -48,20 +48,20 @@ def walk(
     label: str,
     device: str = "cpu",
     batch_tokens: int = 2048,
-    fast: bool = False,
+    model: LayerwiseModel | None = None,
 ) -> Iterator[tuple[int, Iterator[Batch]]]:
     """Carries every dimension's windows through the model of ``folder``, one layer after the other, in float32.
 
     Yields each layer's number and its batches; taking the batches moves the hidden states on, so every layer's are to
-    be taken to the end. ``windows`` maps each dimension to token ids, (n, window) int64; ``fast`` is as in
-    :class:`cusprun.layerwise.LayerwiseModel`. Raises InvalidRequest where a window is longer than the model's sliding
+    be taken to the end. ``windows`` maps each dimension to token ids, (n, window) int64; ``model`` is that of the
+    folder where the caller has it already. Raises InvalidRequest where a window is longer than the model's sliding
     window or positions, Failed where a hidden state is not finite.
     """
     import torch
 
     if not any(len(ids) for ids in windows.values()):
         raise InvalidRequest("there is no text to take statistics of")
-    layers = LayerwiseModel(folder, anatomy, device, fast=fast)
+    layers = model or LayerwiseModel(folder, anatomy, device)
     hidden = {name: layers.embed(ids) for name, ids in windows.items()}
     check_window(layers.config, max(ids.shape[1] for ids in windows.values()))
     for index in track(range(len(anatomy.layers)), label):
@@ -85,16 +85,18 @@ def _batches(layer: Any, layers: LayerwiseModel, hidden: dict[str, torch.Tensor]
     handles = [layer.mlp.down_proj.register_forward_hook(watch("ffn"))]
     if attention := getattr(layer, "self_attn", None):
         handles.append(attention.o_proj.register_forward_hook(watch("attention")))
-    for name, states in hidden.items():
-        step = max(1, batch_tokens // states.shape[1])
-        for start in range(0, len(states), step):
-            batch = states[start : start + step].to(layers.device)
-            out = layers.forward(layer, batch)
-            states[start : start + step] = out.to(states.device)
-            heads = seen["attention"] if attention else seen["ffn"][:, :0]  # a layer without attention reads none
-            yield Batch(name, start, states.shape[1], seen["ffn"], heads, out.flatten(0, 1))
-    for handle in handles:
-        handle.remove()
+    try:
+        for name, states in hidden.items():
+            step = max(1, batch_tokens // states.shape[1])
+            for start in range(0, len(states), step):
+                batch = states[start : start + step].to(layers.device)
+                out = layers.forward(layer, batch)
+                states[start : start + step] = out.to(states.device)
+                heads = seen["attention"] if attention else seen["ffn"][:, :0]  # a layer without attention reads none
+                yield Batch(name, start, states.shape[1], seen["ffn"], heads, out.flatten(0, 1))
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def collect(

@@ -5,7 +5,8 @@ Layers of equal widths go into llama.cpp's architecture ``llama``, layers of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -65,12 +66,14 @@ def export_gguf(
     name: str | None = None,
     metadata: Mapping[str, str] | None = None,
     imatrix: Path | None = None,
+    overrides: Sequence[tuple[str, str]] = (),
     threads: int | None = None,
 ) -> GgufReport:
     """Writes the model folder ``model_dir`` to ``out`` as ``quant``, one of :data:`cusprun.quants.TYPES`.
 
     ``name`` goes into general.name (default: the folder's), ``metadata`` into the keys that gguf_metadata lists;
     ``imatrix`` is a file of :mod:`cusprun.exporters.imatrix` or llama.cpp's own, which the quantizer weighs errors by.
+    ``overrides`` are pairs of a regular expression and the type of every tensor whose name in the file it is found in.
     ``out`` appears whole or not at all. Raises InvalidRequest where the request or the folder makes no sense, Failed
     naming the tensor where weights are not finite or do not fit.
     """
@@ -82,6 +85,7 @@ def export_gguf(
     if imatrix is not None:
         read_imatrix(imatrix)
     source = _Source(model_dir, name or model_dir.resolve().name, metadata or {})
+    _check_overrides(source, quant, overrides)
     try:
         with written_whole(out) as part:
             if TYPES[quant].plain:
@@ -91,12 +95,12 @@ def export_gguf(
                     source.write(whole, source.matrix_type, file_type(source.matrix_type.lower()))
                     run_in_child(
                         quantize_file, str(whole), str(part), int(file_type(quant)), threads or default_threads(),
-                        str(imatrix) if imatrix is not None else None,
+                        str(imatrix) if imatrix is not None else None, overrides,
                     )  # fmt: skip
             info = load_metadata(part)
     except OSError as error:
         raise Failed(f"{out} could not be written: {error.strerror or error}") from error
-    fallbacks = tuple(find_fallbacks(info.tensors, quant))
+    fallbacks = tuple(find_fallbacks(info.tensors, quant, overrides))
     if fallbacks:
         say(f"{out.name}: larger type for rows that do not divide into blocks, in tensors: {len(fallbacks)}")
     return GgufReport(
@@ -157,7 +161,26 @@ class _Source:
             writer.close()
 
 
-def quantize_file(source: str, out: str, file_type: int, threads: int, imatrix: str | None = None) -> None:
+def _check_overrides(source: _Source, quant: str, overrides: Sequence[tuple[str, str]]) -> None:
+    """Raises InvalidRequest for overrides that nothing comes of."""
+    if overrides and TYPES[quant].plain:
+        raise InvalidRequest(f"--tensor-type changes what the quantizer does, and {quant} is written without it")
+    names = [plan.name for plan in gguf_tensors.plan_tensors(source.anatomy, "F32", None) if len(plan.shape) == 2]
+    for pattern, _ in overrides:
+        if not any(re.search(pattern, name) for name in names):
+            raise InvalidRequest(
+                f"--tensor-type {pattern}=…: no matrix has such a name; there are {', '.join(names[:9])} …"
+            )
+
+
+def quantize_file(
+    source: str,
+    out: str,
+    file_type: int,
+    threads: int,
+    imatrix: str | None = None,
+    overrides: Sequence[Sequence[str]] = (),
+) -> None:
     """Quantizes one .gguf into another with llama.cpp; runs in a child process, for llama.cpp may abort.
 
     Raises Failed with llama.cpp's reason.
@@ -180,11 +203,18 @@ def quantize_file(source: str, out: str, file_type: int, threads: int, imatrix: 
             entry.name, entry.size = name.encode(), values.size
             entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         parameters.imatrix = entries
+    if overrides:
+        changes = (llama_cpp.llama_model_tensor_override * (len(overrides) + 1))()
+        for change, (pattern, kind) in zip(changes, overrides, strict=False):
+            change.pattern, change.type = pattern.encode(), int(gguf.GGMLQuantizationType[kind.upper()])
+        parameters.tt_overrides = changes
     if llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(parameters)) != 0:
         raise Failed(f"llama.cpp does not quantize {source}: {llamacpp.logged()}")
 
 
-def find_fallbacks(tensors: tuple[TensorInfo, ...], quant: str) -> Iterator[Fallback]:
+def find_fallbacks(
+    tensors: tuple[TensorInfo, ...], quant: str, overrides: Sequence[tuple[str, str]] = ()
+) -> Iterator[Fallback]:
     """The tensors of a quantized file whose rows do not divide into the blocks of the type meant for them."""
     if TYPES[quant].plain:
         return
@@ -193,6 +223,10 @@ def find_fallbacks(tensors: tuple[TensorInfo, ...], quant: str) -> Iterator[Fall
     for tensor in tensors:
         columns = tensor.shape[-1]
         if len(tensor.shape) != 2 or columns % SUPER_BLOCK == 0:
+            continue
+        if (wish := next((kind for pattern, kind in overrides if re.search(pattern, tensor.name)), None)) is not None:
+            if tensor.type != wish.upper():
+                yield Fallback(tensor.name, columns, wish.upper(), tensor.type)
             continue
         meant = TYPES[quant].stand_ins
         if tensor.name == output:

@@ -141,7 +141,9 @@ def test_gradients_of_some_windows(pico_model: Path) -> None:
 def test_one_layer_of_weights_at_a_time(pico_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layerwise, "HELD_BYTES", 0)
     model = LayerwiseModel(pico_model, describe(pico_model))
-    with model.layer(1):
+    with model.layer(1) as layer:
+        with model.layer(1) as again:
+            assert again is layer
         real = [not next(layer.parameters()).is_meta for layer in model.layers]
     assert real == [False, True, False]
     assert all(parameter.is_meta for layer in model.layers for parameter in layer.parameters())

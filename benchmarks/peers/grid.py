@@ -43,6 +43,7 @@ AFTER_PRUNE = {
     "revision",
     "device",
     "rounding",
+    "tensor_type",
     "measure",
     "eval_tokens",
     "questions",

@@ -233,3 +233,27 @@ def test_types_of_wide_blocks_on_narrow_rows_name_every_matrix(folder: Path, tmp
     assert matrices
     assert {fallback.tensor for fallback in report.fallbacks} == matrices
     assert all(fallback.got == report.types[fallback.tensor] != fallback.wanted for fallback in report.fallbacks)
+
+
+def test_single_tensors_get_the_type_they_are_given(folder: Path, tmp_path: Path) -> None:
+    report = export_gguf(
+        folder, tmp_path / "x.gguf", "q4_0", overrides=[(r"blk\.0\.ffn_down", "q8_0"), ("attn_v", "q6_k")]
+    )
+    plain = export_gguf(folder, tmp_path / "plain.gguf", "q4_0").types
+    assert report.types["blk.0.ffn_down.weight"] == "Q8_0"
+    assert plain["blk.0.ffn_down.weight"] == report.types["blk.1.ffn_down.weight"] == "Q4_0"
+    named = {fallback.tensor: fallback.wanted for fallback in report.fallbacks}
+    assert named["blk.0.attn_v.weight"] == "Q6_K"  # rows of 64 are no block of 256
+    changed = {name for name, kind in report.types.items() if plain[name] != kind}
+    assert all("attn_v" in name or name == "blk.0.ffn_down.weight" for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("quant", "overrides", "message"),
+    [("f16", [("attn_v", "q8_0")], "written without it"), ("q4_0", [("nothing", "q8_0")], "no matrix has such a name")],
+)
+def test_overrides_that_nothing_comes_of(
+    folder: Path, tmp_path: Path, quant: str, overrides: list[tuple[str, str]], message: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        export_gguf(folder, tmp_path / "x.gguf", quant, overrides=overrides)
