@@ -133,12 +133,14 @@ def export(
 
     Example: cusprun-edge export expert/model --quant q4_0 --corpus contracts.txt --out expert-q4_0.gguf
     """
+    from cusprun.as_llama import as_llama
     from cusprun.exporters.gguf import export_gguf
 
     name = name or (model.resolve().parent.name if model.name == "model" else model.resolve().name)
     target = out if out.suffix == ".gguf" else out / f"{name}-{quant}.gguf"
     if target.exists():
         raise InvalidRequest(f"--out {target} exists; choose another name or remove it")
+    model = as_llama(model)
     overrides = [parse_override(value) for value in tensor_type or []]
     if imatrix and corpus:
         raise InvalidRequest("--imatrix and --corpus are two ways to the same: give one")

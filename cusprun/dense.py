@@ -15,7 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from cusprun.anatomy import FAMILIES, Anatomy, describe, read_config
+from cusprun.anatomy import FAMILIES, Anatomy, describe, describe_config, read_config
+from cusprun.as_llama import as_llama, is_read_as_llama, llama_config
 from cusprun.checkpoint import COMPANIONS, INDEX, SINGLE, Weights, is_stock
 from cusprun.corpora.cache import cache_folder
 from cusprun.errors import Failed, InvalidRequest, MissingPackage
@@ -50,6 +51,7 @@ class Sizes:
     element_bytes: int  # of a weight in the model folder
     convert: bool  # a .gguf that is to be dequantized first
     context: int | None = None  # the longest window that the model was trained for, where it says so
+    original: str | None = None  # its family where it is read as another
 
     @property
     def parameters(self) -> int:
@@ -75,9 +77,9 @@ def find_dense(model: str, revision: str | None = None) -> Dense:
     """
     path = local_path(model)
     if path is None:
-        return _from_folder(_download(model, revision), model)
+        return _from_folder(as_llama(_download(model, revision)), model)
     if path.is_dir():
-        return _from_folder(path, model)
+        return _from_folder(as_llama(path), model)
     return _from_gguf(path, model if model == DEFAULT_MODEL else path.name)
 
 
@@ -90,13 +92,14 @@ def read_sizes(model: str, revision: str | None = None) -> Sizes:
     path = local_path(model)
     if path is None:
         folder = _download(model, revision, ["config.json"])
-        return Sizes(describe(folder), element_bytes=2, convert=False, context=_context(folder))
+        return Sizes(_describe(folder), 2, convert=False, context=_context(folder), original=_original(folder))
     if path.is_dir():
-        anatomy = describe(path)
+        anatomy = _describe(path)
         weights = Weights(path)
-        weights.check(anatomy)
+        if not is_read_as_llama(read_config(path)):  # else when it is written under Llama's names
+            weights.check(anatomy)
         element = {"F64": 8, "F32": 4}.get(weights.dtype(anatomy.family.embedding), 2)
-        return Sizes(anatomy, element, convert=False, context=_context(path))
+        return Sizes(anatomy, element, convert=False, context=_context(path), original=_original(path))
     info = load_metadata(path)
     if info.architecture != "llama":
         raise InvalidRequest(f"{path} is a GGUF of architecture {info.architecture!r}; as a dense model llama is read")
@@ -112,7 +115,8 @@ def describe_model(model: str, revision: str | None = None) -> dict[str, Any]:
     anatomy = sizes.anatomy
     return {
         "model": model,
-        "family": anatomy.family.name,
+        "family": sizes.original or anatomy.family.name,
+        **({"read_as": anatomy.family.name} if sizes.original else {}),
         "parameters": anatomy.parameters,
         "macs_per_token": anatomy.macs_per_token,
         "hidden_size": anatomy.hidden_size,
@@ -165,9 +169,19 @@ def check_folder(folder: Path, anatomy: Anatomy) -> None:
         )
 
 
+def _describe(folder: Path) -> Anatomy:
+    """Anatomy of the model that a folder's is read as."""
+    return describe_config(llama_config(read_config(folder), str(folder)), str(folder))
+
+
+def _original(folder: Path) -> str | None:
+    config = read_config(folder)
+    return str(config["model_type"]) if is_read_as_llama(config) else None
+
+
 def _context(folder: Path) -> int | None:
     """The longest window that config.json allows: positions, and the sliding window where there is one."""
-    config = read_config(folder)
+    config = llama_config(read_config(folder), str(folder))
     limits = [config.get(key) for key in ("max_position_embeddings", "sliding_window")]
     return min((limit for limit in limits if isinstance(limit, int)), default=None)
 

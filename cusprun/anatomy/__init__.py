@@ -12,6 +12,7 @@ from typing import Any
 from cusprun.anatomy import llama, mistral
 from cusprun.anatomy.sliced import SLICED_TYPE, WHY_NOT, SlicedAnatomy, describe_sliced
 from cusprun.anatomy.structure import Anatomy, Coupling, Family, LayerWidths
+from cusprun.as_llama import READ
 from cusprun.errors import InvalidRequest
 
 FAMILIES: tuple[Family, ...] = (llama.FAMILY, mistral.FAMILY)
@@ -54,7 +55,7 @@ def family_of(config: dict[str, Any]) -> Family:
     for family in FAMILIES:
         if model_type in (family.name, family.per_layer_name):
             return family
-    known = ", ".join(family.name for family in FAMILIES)
+    known = ", ".join([*(family.name for family in FAMILIES), *READ])
     raise InvalidRequest(f"models of type {model_type!r} are not supported; supported families: {known}")
 
 

@@ -128,9 +128,10 @@ def open_runtime(path: Path, *, context: int = 2048, threads: int | None = None,
     if context < 1:
         raise InvalidRequest(f"a context of {context} tokens holds nothing: write 1 or more")
     if path.is_dir() and (path / "config.json").is_file():
+        from cusprun.as_llama import as_llama
         from cusprun.runtimes.torch_runtime import TorchRuntime
 
-        return TorchRuntime(path, context=context, threads=threads, device=device)
+        return TorchRuntime(as_llama(path), context=context, threads=threads, device=device)
     if path.is_file() and path.suffix == ".gguf":
         from cusprun.runtimes.llamacpp import LlamaCppRuntime
 
