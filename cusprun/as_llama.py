@@ -96,23 +96,23 @@ def as_llama(folder: Path) -> Path:
 def _write(folder: Path, config: dict[str, Any], target: Path) -> None:
     from cusprun.anatomy import describe_config
     from cusprun.checkpoint import Weights, write_weights
-    from cusprun.dense import copy_companions
-    from cusprun.files import folder_written_whole, sha256_file, write_json
+    from cusprun.compact import ELEMENT_BYTES
+    from cusprun.dense import copy_companions, digest_of, weight_files
+    from cusprun.files import folder_written_whole, write_json
 
     weights = Weights(folder)
     written = llama_config(config, str(folder))
     anatomy = describe_config(written, str(folder))
     shapes = dict(anatomy.tensor_shapes())
     sources = _Sources(weights, folder)
-    files = sorted(folder.glob("*.safetensors"))
-    digest = hashlib.sha256("".join(map(sha256_file, files)).encode()).hexdigest()
+    files = weight_files(folder)
     written["cusprun"] = {
         **(config.get("cusprun") or {}),
-        "source_sha256": sha256_file(files[0]) if len(files) == 1 else digest,
+        "source_sha256": digest_of(files),
         "source_bytes": sum(path.stat().st_size for path in files),
         "read_as_llama": config["model_type"],
     }
-    element = sources.bytes_each(anatomy.family.embedding)
+    element = ELEMENT_BYTES[weights.dtype(anatomy.family.embedding)]
     with folder_written_whole(target) as part:
         sizes = {name: element * prod(shape) for name, shape in shapes.items()}
         write_weights(part, sources.tensors(shapes), sizes)
@@ -127,9 +127,6 @@ class _Sources:
 
     def __init__(self, weights: Any, folder: Path) -> None:
         self.weights, self.folder = weights, folder
-
-    def bytes_each(self, name: str) -> int:
-        return {"F64": 8, "F32": 4}.get(self.weights.dtype(name), 2)
 
     def tensors(self, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor]]:
         dtype = None

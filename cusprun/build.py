@@ -80,7 +80,7 @@ class _Build:
 
         weighed = self.recipe.rounding == "imatrix" and is_weighed(quant)
         matrix = self._imatrix(model_key) if weighed else None
-        overrides = [parse_override(value) for value in self.recipe.tensor_type]
+        overrides = self._overrides(quant)
 
         def write() -> dict[str, Any]:
             from cusprun.exporters.gguf import export_gguf
@@ -92,7 +92,7 @@ class _Build:
                 try:
                     report = export_gguf(
                         self.out / "model", candidate, quant, name=self.prepared.name, metadata=self._metadata(),
-                        imatrix=matrix, overrides=[] if TYPES[quant].plain else overrides,
+                        imatrix=matrix, overrides=overrides,
                     )  # fmt: skip
                     proof = prove_gguf(candidate, self.out / "model", windows, threads=self.recipe.threads)
                     os.replace(candidate, part)
@@ -115,6 +115,10 @@ class _Build:
         exported = self.stages.step(f"gguf.{quant}", keys, [path], write)
         value: dict[str, Any] = exported["value"]
         return value
+
+    def _overrides(self, quant: str) -> list[tuple[str, str]]:
+        """Types of single tensors; files that no quantizer writes have none."""
+        return [] if TYPES[quant].plain else [parse_override(value) for value in self.recipe.tensor_type]
 
     def _imatrix(self, model_key: str) -> Path:
         """The expert's importance matrix on some of the calibration windows, in llama.cpp's own form."""
@@ -167,7 +171,7 @@ class _Build:
 
         name = model_name(self.dense.id)
         folder = cache_folder() / "dense-gguf" / f"{self.dense.key[:16]}-{VERSIONS['gguf']}"
-        matrix, overrides = None, [] if TYPES[quant].plain else list(map(parse_override, self.recipe.tensor_type))
+        matrix, overrides = None, self._overrides(quant)
         if overrides:
             name += "-" + hashlib.sha256(repr(overrides).encode()).hexdigest()[:8]
         if self.recipe.rounding == "imatrix" and is_weighed(quant):

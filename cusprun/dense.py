@@ -191,8 +191,8 @@ def _from_folder(folder: Path, name: str) -> Dense:
     weights = Weights(folder)
     weights.check(anatomy)
     check_folder(folder, anatomy)
-    files = _weight_files(folder)
-    digest = sha256_file(files[0]) if len(files) == 1 else _sha256_many(files)
+    files = weight_files(folder)
+    digest = digest_of(files)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     noted: dict[str, Any] = config.get("cusprun") or {}
     settings = [path for path in (folder / "config.json", *(folder / name for name in COMPANIONS)) if path.is_file()]
@@ -208,13 +208,17 @@ def _from_folder(folder: Path, name: str) -> Dense:
     )
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder."""
     if (folder / INDEX).is_file():
         return sorted(folder.glob("*.safetensors"))
     return [folder / SINGLE]
 
 
-def _sha256_many(files: list[Path]) -> str:
+def digest_of(files: Sequence[Path]) -> str:
+    """Hex sha256 of a model's one file, or over those of its files in order."""
+    if len(files) == 1:
+        return sha256_file(files[0])
     return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
 
 
