@@ -14,7 +14,7 @@ from cusprun.anatomy import Anatomy
 from cusprun.arithmetic import bfloat16_layers
 from cusprun.checkpoint import Weights
 from cusprun.errors import InvalidRequest
-from cusprun.memory import HELD_BYTES, release_freed
+from cusprun.memory import HELD_BYTES, release_freed, return_large_blocks
 
 
 def check_window(config: Any, window: int) -> None:
@@ -46,6 +46,8 @@ class LayerwiseModel:
             ).eval()
         self.layers = skeleton.model.layers
         self._stay = 4 * sum(parameter.numel() for parameter in self.layers.parameters()) <= HELD_BYTES
+        if not self._stay:
+            return_large_blocks()
         self._loaded: set[int] = set()
         self._output: torch.Tensor | None = None
         self._norm = skeleton.model.norm

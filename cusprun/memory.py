@@ -6,6 +6,17 @@ import ctypes
 import sys
 
 HELD_BYTES = 2**29  # of one kind, at most, that is kept because it will be wanted again
+M_MMAP_THRESHOLD = -3  # mallopt(3)
+
+
+def return_large_blocks() -> None:
+    """From now on blocks of 1 MiB and more go back to the system when they are freed, on Linux with glibc.
+
+    Left to itself glibc raises that bound to 32 MiB as it sees larger blocks freed, keeps what is smaller, and what
+    a process holds then depends on where such blocks happened to lie.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def release_freed() -> None:

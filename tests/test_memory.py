@@ -144,6 +144,26 @@ def test_memory_is_less_than_the_weights_and_does_not_grow_with_depth(scratch: P
     assert peaks[1] <= 1.1 * peaks[0]
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks glibc")
+def test_what_is_freed_goes_back_to_the_system() -> None:
+    """Blocks of 16 MiB freed between blocks that stay: what is left in memory is what stays."""
+    code = """
+import torch
+from cusprun.memory import return_large_blocks
+def held():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+return_large_blocks()
+torch.empty(3 * 2**23, dtype=torch.uint8).fill_(1)  # freed: after it glibc would keep blocks of up to its size
+before = held()
+blocks = [(torch.empty(2**24, dtype=torch.uint8).fill_(1), torch.ones(2**14)) for _ in range(20)]
+stay = [small for _, small in blocks]
+del blocks
+print(held() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2**24
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_refit_at_this_width_takes_as_little(scratch: Path, own_text: Path) -> None:
