@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 
 from cusprun.errors import Failed, InvalidRequest
+from cusprun.runtimes import GENAI_CONFIG, is_onnx
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -19,19 +20,27 @@ class Cost:
     The embedding look-up multiplies nothing; attention scores depend on the context and are left out.
     """
 
-    format: str  # "gguf" or "safetensors"
+    format: str  # "gguf", "onnx" or "safetensors"
     quant: str  # llama.cpp's file type, or the dtype of a folder's largest tensors: f32, bf16, q8_0, q4_k_m ...
-    file_bytes: int  # the .gguf, or everything in the folder
+    file_bytes: int  # the .gguf, everything in the model folder, or graph and weights of the ONNX folder
     parameters: int  # tied embeddings once
     macs_per_token: int
 
 
 def cost(artifact: Path) -> Cost:
-    """Cost of a .gguf file or a model folder. Raises InvalidRequest where it is neither, Failed where it is damaged."""
+    """Cost of an artifact. Raises InvalidRequest where it is none, Failed where it is damaged."""
+    if is_onnx(artifact):
+        from cusprun.benchmarks.onnx_cost import graph_cost
+
+        size = sum(file.stat().st_size for file in artifact.glob("*.onnx*"))
+        kind, parameters, macs = graph_cost(artifact)
+        return Cost("onnx", kind, size, parameters, macs)
     if artifact.is_dir():
         return _folder_cost(artifact)
     if artifact.suffix != ".gguf":
-        raise InvalidRequest(f"{artifact} is neither a model folder (with config.json) nor a .gguf file")
+        raise InvalidRequest(
+            f"{artifact} is no model folder (with config.json), no .gguf file and no ONNX folder (with {GENAI_CONFIG})"
+        )
     from cusprun.runtimes.gguf_header import load_metadata
 
     info = load_metadata(artifact)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cusprun.runtimes import open_runtime
+from cusprun.runtimes import is_onnx, open_runtime
 
 WARM_UP_STEPS = 8
 STATUS = Path("/proc/self/status")
@@ -81,6 +81,8 @@ def import_runtime(artifact: Path) -> None:
     """Imports the library that will run ``artifact``, so that loading it is timed without that."""
     if artifact.suffix == ".gguf":
         import cusprun.runtimes.llamacpp
+    elif is_onnx(artifact):
+        import cusprun.runtimes.onnx_runtime
     else:
         import cusprun.runtimes.torch_runtime  # noqa: F401
 

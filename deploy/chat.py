@@ -12,7 +12,7 @@ from typing import TextIO
 
 from cusprun.errors import Failed, InvalidRequest
 from cusprun.progress import say
-from cusprun.runtimes import Message, Runtime, Sampling, open_runtime
+from cusprun.runtimes import GENAI_CONFIG, Message, Runtime, Sampling, is_onnx, open_runtime
 from cusprun.runtimes.generation import TextStream
 
 CONTEXT = 4096  # tokens, where the model was trained for as many
@@ -22,27 +22,28 @@ STEERING = dict.fromkeys([*range(9), *range(11, 32), 127, *range(128, 160)])
 
 
 def find_artifact(path: Path) -> Path:
-    """The .gguf file or model folder that ``path`` stands for.
+    """The .gguf file, ONNX folder or model folder that ``path`` stands for.
 
-    A .gguf file and a model folder stand for themselves; an expert folder for the first .gguf that its expert.json
-    lists, else for the smallest one in gguf/, else for model/. Raises InvalidRequest where there is none of these.
+    Each of these stands for itself; an expert folder for the first artifact that its expert.json lists, else for the
+    smallest .gguf in gguf/, else for model/. Raises InvalidRequest where there is none of these.
     """
     if path.is_file() and path.suffix == ".gguf":
         return path
     if path.is_dir():
-        if (path / "config.json").is_file():
+        if is_onnx(path) or (path / "config.json").is_file():
             return path
-        found = _listed_gguf(path) or _smallest_gguf(path / "gguf") or _smallest_gguf(path)
+        found = _listed(path) or _smallest_gguf(path / "gguf") or _smallest_gguf(path)
         if found is not None:
             return found
         if (path / "model" / "config.json").is_file():
             return path / "model"
     raise InvalidRequest(
-        f"{path} is nothing to talk to: name an expert's folder, a model folder (with config.json) or a .gguf file"
+        f"{path} is nothing to talk to: name an expert's folder, a model folder (with config.json), a .gguf file or an "
+        f"ONNX folder (with {GENAI_CONFIG})"
     )
 
 
-def _listed_gguf(folder: Path) -> Path | None:
+def _listed(folder: Path) -> Path | None:
     card = folder / "expert.json"
     if not card.is_file():
         return None
@@ -52,7 +53,8 @@ def _listed_gguf(folder: Path) -> Path | None:
         raise InvalidRequest(f"{card} is damaged: {error}") from error
     for name in listed:
         artifact = folder / str(name)
-        if artifact.suffix == ".gguf" and artifact.is_file() and artifact.resolve().is_relative_to(folder.resolve()):
+        there = (artifact.suffix == ".gguf" and artifact.is_file()) or is_onnx(artifact)
+        if there and artifact.resolve().is_relative_to(folder.resolve()):
             return artifact
     return None
 

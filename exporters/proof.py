@@ -1,6 +1,6 @@
-"""Proves that a written .gguf is the model it was made from: llama.cpp against torch, token by token.
+"""Proves that a written artifact is the model it was made from: its own runtime against torch, token by token.
 
-Both run in a child process, window by window, so that a crash of llama.cpp is a message and memory stays small.
+Both run in a child process, window by window, so that a crash of native code is a message and memory stays small.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from cusprun.errors import Failed, InvalidRequest
-from cusprun.runtimes import Runtime, default_threads
+from cusprun.runtimes import Runtime, default_threads, open_runtime
 from cusprun.runtimes.child import run_in_child
 from cusprun.runtimes.gguf_header import load_metadata
 
 # Least top-1 agreement and largest mean KL divergence (nats) with torch in float32.
-STRICT = {"f32": (0.999, 1e-4), "f16": (0.995, 1e-3)}
+STRICT = {"f32": (0.999, 1e-4), "f16": (0.995, 1e-3), "fp32": (0.999, 1e-4), "fp16": (0.995, 1e-3)}
 BROKEN_KLD = 2.0  # nats; rounding does not do this, wrong tensors do
 TIE = 1e-5  # relative difference of torch's own logits below which either token is its first choice
 ROWS = 32  # rows compared at a time, in float64
@@ -39,17 +39,17 @@ HARD_STRINGS = (
 
 @dataclass(frozen=True)
 class Proof:
-    """How far a .gguf is from torch on the same tokens."""
+    """How far an artifact is from torch on the same tokens."""
 
     quant: str
     top1_agreement: float
-    kld_mean: float  # nats per token, torch against gguf
+    kld_mean: float  # nats per token, torch against the artifact
     kld_max: float
     tokens: int  # positions compared
     tokenizer_equal: bool
     tokenizer_difference: str | None  # the first text that the two tokenizers cut differently
     perplexity_torch: float
-    perplexity_gguf: float
+    perplexity_artifact: float
     bytes: int
     tensors: int
 
@@ -65,26 +65,64 @@ def prove_gguf(
     Raises Failed where llama.cpp crashes or refuses the file, where the result is not finite or further away than
     rounding can bring it, and, with ``strict``, where an f32 or f16 file misses STRICT or the tokenizers differ.
     """
+    info = load_metadata(gguf)
+    found = _compare(gguf, model_dir, windows, info.vocab_size, info.quant, threads)
+    proof = Proof(quant=info.quant, bytes=info.file_bytes, tensors=len(info.tensors), **found)
+    _judge(gguf, proof, strict)
+    return proof
+
+
+def prove_onnx(
+    folder: Path, model_dir: Path, quant: str, windows: np.ndarray, *, strict: bool = True, threads: int | None = None
+) -> Proof:
+    """:func:`prove_gguf` of an ONNX folder of type ``quant``; its graph passes onnx's own checker as well."""
+    rows, tensors = run_in_child(check_graph, str(folder))
+    found = _compare(folder, model_dir, windows, rows, quant, threads)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    proof = Proof(quant=quant, bytes=size, tensors=tensors, **found)
+    _judge(folder, proof, strict)
+    return proof
+
+
+def check_graph(folder: str) -> tuple[int, int]:
+    """Rows of the vocabulary and number of initializers; runs in the child process.
+
+    Raises Failed where onnx's checker or its shape inference finds fault with the graph.
+    """
+    import onnx
+
+    path = Path(folder) / "model.onnx"
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise Failed(f"{path} is no sound graph: {error}") from error
+    graph = onnx.load(str(path), load_external_data=False).graph
+    (logits,) = (value for value in graph.output if value.name == "logits")
+    return logits.type.tensor_type.shape.dim[-1].dim_value, len(graph.initializer)
+
+
+def _compare(
+    artifact: Path, model_dir: Path, windows: np.ndarray, vocabulary: int, quant: str, threads: int | None
+) -> dict[str, Any]:
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise InvalidRequest(f"windows must be (n, window) with window >= 2, not {windows.shape}")
-    info = load_metadata(gguf)
-    if windows.min() < 0 or windows.max() >= info.vocab_size:
-        raise InvalidRequest(f"windows hold token ids outside the vocabulary of {info.vocab_size}")
+    if windows.min() < 0 or windows.max() >= vocabulary:
+        raise InvalidRequest(f"windows hold token ids outside the vocabulary of {vocabulary}")
     with tempfile.TemporaryDirectory(prefix="cusprun-proof-") as scratch:
         saved = Path(scratch) / "windows.npy"
         np.save(saved, windows.astype(np.int64), allow_pickle=False)
         threads = threads or default_threads()
-        found = run_in_child(compare_on_windows, str(gguf), str(model_dir), str(saved), info.quant, threads)
-    proof = Proof(quant=info.quant, bytes=info.file_bytes, tensors=len(info.tensors), **found)
-    _judge(gguf, proof, strict)
-    return proof
+        found: dict[str, Any] = run_in_child(
+            compare_on_windows, str(artifact), str(model_dir), str(saved), quant, threads
+        )
+    return found
 
 
 def _judge(gguf: Path, proof: Proof, strict: bool) -> None:
     if not math.isfinite(proof.kld_mean) or proof.kld_mean > BROKEN_KLD:
         raise Failed(
             f"{gguf} is not the model it was made from: mean KL divergence to torch {proof.kld_mean:.3g} nats, "
-            f"perplexity {proof.perplexity_gguf:.4g} against {proof.perplexity_torch:.4g}"
+            f"perplexity {proof.perplexity_artifact:.4g} against {proof.perplexity_torch:.4g}"
         )
     if not strict:
         return
@@ -99,18 +137,16 @@ def _judge(gguf: Path, proof: Proof, strict: bool) -> None:
             )
 
 
-def compare_on_windows(gguf: str, model_dir: str, windows: str, quant: str, threads: int) -> dict[str, Any]:
+def compare_on_windows(artifact: str, model_dir: str, windows: str, quant: str, threads: int) -> dict[str, Any]:
     """What :class:`Proof` holds of the comparison; runs in the child process."""
-    from cusprun.runtimes.llamacpp import LlamaCppRuntime
     from cusprun.runtimes.torch_runtime import TorchRuntime
 
     batches = np.load(windows, allow_pickle=False)
     length = batches.shape[1]
-    # An f32 file is run in float32 throughout: the file is proved, not the rounding of flash attention.
-    candidate = LlamaCppRuntime(Path(gguf), context=length, threads=threads, exact=quant == "f32")
+    candidate = _open(Path(artifact), quant, context=length, threads=threads)
     reference = TorchRuntime(Path(model_dir), context=length, threads=threads)
     if candidate.n_vocab != reference.n_vocab:
-        raise Failed(f"{gguf} has {candidate.n_vocab} tokens and {model_dir} {reference.n_vocab}")
+        raise Failed(f"{artifact} has {candidate.n_vocab} tokens and {model_dir} {reference.n_vocab}")
     if length > min(candidate.n_context, reference.n_context):
         raise InvalidRequest(f"windows of {length} tokens do not fit the model's context of {candidate.n_context}")
     divergences: list[np.ndarray] = []
@@ -128,7 +164,7 @@ def compare_on_windows(gguf: str, model_dir: str, windows: str, quant: str, thre
     kld = np.concatenate(divergences)
     perplexities = np.exp(losses / (batches.shape[0] * (length - 1)))
     texts = [*HARD_STRINGS, reference.decode(batches[0].tolist())]
-    if candidate.info.metadata.get("tokenizer.ggml.model") == "llama":
+    if Path(artifact).suffix == ".gguf" and load_metadata(Path(artifact)).metadata["tokenizer.ggml.model"] == "llama":
         # Where a text or a special token is followed by a space, llama.cpp puts SentencePiece's own space in front as
         # SentencePiece does, and transformers' Metaspace does not: a difference of long standing, not of this file.
         texts = [text.strip() for text in texts if "<" not in text]
@@ -141,8 +177,17 @@ def compare_on_windows(gguf: str, model_dir: str, windows: str, quant: str, thre
         "tokenizer_equal": difference is None,
         "tokenizer_difference": difference,
         "perplexity_torch": float(perplexities[0]),
-        "perplexity_gguf": float(perplexities[1]),
+        "perplexity_artifact": float(perplexities[1]),
     }
+
+
+def _open(artifact: Path, quant: str, *, context: int, threads: int) -> Runtime:
+    if artifact.suffix != ".gguf":
+        return open_runtime(artifact, context=context, threads=threads)
+    from cusprun.runtimes.llamacpp import LlamaCppRuntime
+
+    # An f32 file is run in float32 throughout: the file is proved, not the rounding of flash attention.
+    return LlamaCppRuntime(artifact, context=context, threads=threads, exact=quant == "f32")
 
 
 def compare_logits(

@@ -1,4 +1,4 @@
-"""One interface over torch and llama.cpp: load an artifact, tokens, logits, generate.
+"""One interface over torch, llama.cpp and onnxruntime: load an artifact, tokens, logits, generate.
 
 Whoever runs an artifact (proof, eval, bench, chat) asks :func:`open_runtime` and never a runtime directly.
 """
@@ -19,6 +19,8 @@ from cusprun.errors import InvalidRequest
 # llama.cpp's hundreds of barriers a token then cost ten times the work (measured on two busy cores: 2 instead of 25
 # tokens/s); a thousand turns, some 50 µs, bridge what a balanced product waits. Read when OpenMP is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+GENAI_CONFIG = "genai_config.json"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Sampling:
 class Runtime(Protocol):
     """A loaded artifact."""
 
-    name: str  # "torch" or "llama.cpp", with version
+    name: str  # "torch", "llama.cpp" or "onnxruntime", with version
     path: Path
     n_vocab: int
     n_context: int
@@ -108,6 +110,11 @@ class Runtime(Protocol):
     def close(self) -> None: ...
 
 
+def is_onnx(path: Path) -> bool:
+    """Whether ``path`` is a folder that onnxruntime-genai would open."""
+    return path.is_dir() and (path / GENAI_CONFIG).is_file()
+
+
 def default_threads() -> int:
     """Physical cores that this process may use: more threads than that slow both runtimes down."""
     import psutil
@@ -117,7 +124,7 @@ def default_threads() -> int:
 
 
 def open_runtime(path: Path, *, context: int = 2048, threads: int | None = None, device: str = "cpu") -> Runtime:
-    """Loads a model folder (torch) or a .gguf file (llama.cpp).
+    """Loads a model folder (torch), a .gguf file (llama.cpp) or an ONNX folder (onnxruntime).
 
     ``context`` is the most tokens one call may hold (cut to what the model was trained for); ``threads`` defaults to
     the physical cores; ``device`` is cpu or cuda. Raises InvalidRequest where the path is neither, Failed where the
@@ -127,6 +134,10 @@ def open_runtime(path: Path, *, context: int = 2048, threads: int | None = None,
         raise InvalidRequest(f"device {device!r} is unknown: write cpu or cuda")
     if context < 1:
         raise InvalidRequest(f"a context of {context} tokens holds nothing: write 1 or more")
+    if is_onnx(path):
+        from cusprun.runtimes.onnx_runtime import OnnxRuntime
+
+        return OnnxRuntime(path, context=context, threads=threads, device=device)
     if path.is_dir() and (path / "config.json").is_file():
         from cusprun.as_llama import as_llama
         from cusprun.runtimes.torch_runtime import TorchRuntime
@@ -136,4 +147,6 @@ def open_runtime(path: Path, *, context: int = 2048, threads: int | None = None,
         from cusprun.runtimes.llamacpp import LlamaCppRuntime
 
         return LlamaCppRuntime(path, context=context, threads=threads, device=device)
-    raise InvalidRequest(f"{path} is neither a model folder (with config.json) nor a .gguf file")
+    raise InvalidRequest(
+        f"{path} is no model folder (with config.json), no .gguf file and no ONNX folder (with {GENAI_CONFIG})"
+    )

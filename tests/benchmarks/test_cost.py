@@ -73,7 +73,7 @@ def test_what_is_no_artifact(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(Failed, match="not a whole safetensors file"):
         cost(tmp_path)
-    with pytest.raises(InvalidRequest, match="neither a model folder"):
+    with pytest.raises(InvalidRequest, match="no model folder"):
         cost(tmp_path / "model.bin")
     (tmp_path / "text.gguf").write_text("this is a text and no model at all")
     with pytest.raises(InvalidRequest, match="not a GGUF file"):

@@ -158,7 +158,7 @@ def test_what_cannot_be_measured_is_said(folder: Path, gguf: Path, text: str, tm
         evaluate(folder, text, context=2)
     with pytest.raises(InvalidRequest, match="write --context 512"):
         evaluate(gguf, text * 9, context=1024)
-    with pytest.raises(InvalidRequest, match="neither a model folder"):
+    with pytest.raises(InvalidRequest, match="no model folder"):
         evaluate(tmp_path / "nothing", text)
 
 

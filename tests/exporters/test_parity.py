@@ -53,7 +53,7 @@ def test_f32_equals_torch(tmp_path: Path, layout: str, tied: bool, attention: st
     found = compare(folder, tmp_path)
     assert_equal(found)
     assert found["kld_mean"] <= 1e-8  # what float32 really leaves
-    assert found["perplexity_gguf"] == pytest.approx(found["perplexity_torch"], rel=1e-4)
+    assert found["perplexity_artifact"] == pytest.approx(found["perplexity_torch"], rel=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])

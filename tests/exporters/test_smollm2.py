@@ -37,4 +37,4 @@ def test_export_is_near_torch(dense: Path, tmp_path: Path, quant: str, largest_k
     proof = prove_gguf(report.path, dense, np.array(ids[:256]).reshape(2, 128))
     assert proof.tokenizer_equal
     assert proof.kld_mean < largest_kld
-    assert proof.perplexity_gguf == pytest.approx(proof.perplexity_torch, rel=1e-5 if quant == "f32" else 0.03)
+    assert proof.perplexity_artifact == pytest.approx(proof.perplexity_torch, rel=1e-5 if quant == "f32" else 0.03)
