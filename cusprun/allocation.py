@@ -17,9 +17,9 @@ import torch
 from cusprun.anatomy import Anatomy, LayerWidths
 from cusprun.anatomy.structure import MIN_FFN, MIN_KV_HEADS
 from cusprun.errors import InvalidRequest
+from cusprun.formats import block_of
 from cusprun.importance.combine import LayerScores, UnitScores
 from cusprun.plan import LayerPlan, Plan, make_plan
-from cusprun.quants import TYPES
 
 Layout = Literal["uniform", "per-layer"]
 
@@ -29,7 +29,7 @@ EVEN_SHARE = 0.8  # of an even cut's width stays in every layer; chosen on calib
 def default_align(anatomy: Anatomy, quants: Sequence[str]) -> int:
     """Channel multiple that the runtimes like: for large models a block of the widest type, 32 otherwise."""
     wide = min(layer.ffn for layer in anatomy.layers) >= 4096
-    return max(TYPES[quant].block for quant in quants) if wide else 32
+    return max(map(block_of, quants)) if wide else 32
 
 
 def largest_ratio(anatomy: Anatomy, align: int) -> float:

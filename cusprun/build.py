@@ -6,32 +6,26 @@ with the same bytes.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import TypeAdapter
 
 from cusprun import __version__
 from cusprun.allocation import default_align
 from cusprun.anatomy import Anatomy, SlicedAnatomy
 from cusprun.anatomy.sliced import describe_sliced
-from cusprun.checkpoint import load_tokenizer
 from cusprun.corpora.cache import cache_folder
-from cusprun.corpora.selection import read_texts, read_windows
+from cusprun.corpora.selection import read_texts
 from cusprun.cut import Cut
 from cusprun.dense import Dense, find_dense
-from cusprun.files import sha256_file, written_whole
-from cusprun.preflight import Prepared, model_name, prepare
+from cusprun.exporters.artifacts import Artifacts
+from cusprun.files import sha256_file
+from cusprun.preflight import Prepared, prepare
 from cusprun.progress import say
-from cusprun.quants import TYPES, is_weighed, parse_override
 from cusprun.recipe import Recipe
-from cusprun.stages import VERSIONS, Stages, sole_builder, sweep
+from cusprun.stages import Stages, sole_builder, sweep
 
 PROOF_WINDOWS = 8
 IMATRIX_STRIDE = 4  # of the calibration windows every fourth gives the importance matrix
@@ -62,129 +56,17 @@ class _Build:
         self.dense: Dense = find_dense(self.recipe.model, self.recipe.revision)
         align = self.recipe.align or default_align(self.dense.anatomy, self.recipe.quant)
         self.cut = Cut(prepared, self.dense, self.stages, align)
+        self.artifacts = Artifacts(prepared, self.dense, self.stages, self.cut)
 
     def run(self, upto: str) -> dict[str, Any]:
         key = self.cut.run()
         if upto == "model":
             return self._expert([], None)
-        artifacts = [self._export(quant, key) for quant in self.recipe.quant]
+        artifacts = [self.artifacts.export(quant, key) for quant in self.recipe.quant]
         reports = {}
         if self.recipe.measure:
             reports = {artifact["quant"]: self._measure(artifact, self.cut.text) for artifact in artifacts}
         return self._expert(artifacts, reports.get(self.recipe.quant[0]))
-
-    # artifacts -------------------------------------------------------------------------------------------------------
-
-    def _export(self, quant: str, model_key: str) -> dict[str, Any]:
-        path = self.out / "gguf" / f"{self.prepared.name}-{quant}.gguf"
-
-        weighed = self.recipe.rounding == "imatrix" and is_weighed(quant)
-        matrix = self._imatrix(model_key) if weighed else None
-        overrides = self._overrides(quant)
-
-        def write() -> dict[str, Any]:
-            from cusprun.exporters.gguf import export_gguf
-            from cusprun.exporters.proof import prove_gguf
-
-            windows = self._proof_windows()
-            with written_whole(path) as part:  # under its own name only once llama.cpp has answered as torch does
-                candidate = part.with_name(f"{part.name}.gguf")  # a name that a later build sweeps away
-                try:
-                    report = export_gguf(
-                        self.out / "model", candidate, quant, name=self.prepared.name, metadata=self._metadata(),
-                        imatrix=matrix, overrides=overrides,
-                    )  # fmt: skip
-                    proof = prove_gguf(candidate, self.out / "model", windows, threads=self.recipe.threads)
-                    os.replace(candidate, part)
-                finally:
-                    candidate.unlink(missing_ok=True)
-            return {
-                "path": path.relative_to(self.out).as_posix(),
-                "format": "gguf",
-                "quant": quant,
-                "arch": report.arch,
-                "bytes": report.bytes,
-                "sha256": report.sha256,
-                "rounding": "imatrix" if weighed else "nearest",
-                "fallbacks": [asdict(fallback) for fallback in report.fallbacks],
-                "proof": proof.as_dict(),
-            }
-
-        names = json.dumps([self.prepared.name, self._metadata()], sort_keys=True)
-        keys = [model_key, names, *self.recipe.tensor_type, *([sha256_file(matrix)] if matrix else [])]
-        exported = self.stages.step(f"gguf.{quant}", keys, [path], write)
-        value: dict[str, Any] = exported["value"]
-        return value
-
-    def _overrides(self, quant: str) -> list[tuple[str, str]]:
-        """Types of single tensors; files that no quantizer writes have none."""
-        return [] if TYPES[quant].plain else [parse_override(value) for value in self.recipe.tensor_type]
-
-    def _imatrix(self, model_key: str) -> Path:
-        """The expert's importance matrix on some of the calibration windows, in llama.cpp's own form."""
-        path = self.out / "gguf" / f"{self.prepared.name}.imatrix"
-        base = self.cut.base
-        assert base is not None
-        self.stages.step(
-            "imatrix", [model_key, base.key], [path], lambda: self._take_imatrix(self.out / "model", base.windows, path)
-        )
-        return path
-
-    def _take_imatrix(self, folder: Path, windows: Path, path: Path) -> None:
-        from cusprun.exporters.imatrix import collect_imatrix, write_imatrix
-
-        texts = {name: ids[::IMATRIX_STRIDE] for name, ids in read_windows(windows).items()}
-        write_imatrix(path, collect_imatrix(folder, texts, self.recipe.device), list(texts))
-
-    def _proof_windows(self) -> np.ndarray:
-        """Held-out text in windows, for the comparison with torch."""
-        texts, _ = read_texts(self.cut.texts_path)
-        tokenizer = load_tokenizer(self.out / "model")
-        ids: list[int] = []
-        for document in next(iter(texts.values()), []):
-            ids += tokenizer(document, add_special_tokens=False)["input_ids"]
-            if len(ids) >= PROOF_WINDOWS * self.recipe.window:
-                break
-        count = min(PROOF_WINDOWS, len(ids) // self.recipe.window)
-        if count:
-            return np.array(ids[: count * self.recipe.window], dtype=np.int64).reshape(count, -1)
-        assert self.cut.base is not None
-        return next(iter(read_windows(self.cut.base.windows).values()))[
-            :PROOF_WINDOWS
-        ]  # no held-out text: no figure comes of this
-
-    def _metadata(self) -> dict[str, str]:
-        scenario = self.prepared.scenario
-        values = {
-            "license": self.dense.licence,
-            "base_model": self.dense.id,
-            "languages": scenario.language,
-            "tags": ", ".join(["cusprun", *scenario.given().values()]),
-            "cusprun.method": self.recipe.method,
-            "cusprun.version": __version__,
-        }
-        return {key: value for key, value in values.items() if value}
-
-    def _dense_gguf(self, quant: str) -> Path:
-        """The dense model at the same type, rounded in the same way; written once for all builds on the same text."""
-        from cusprun.exporters.gguf import export_gguf
-
-        name = model_name(self.dense.id)
-        folder = cache_folder() / "dense-gguf" / f"{self.dense.key[:16]}-{VERSIONS['gguf']}"
-        matrix, overrides = None, self._overrides(quant)
-        if overrides:
-            name += "-" + hashlib.sha256(repr(overrides).encode()).hexdigest()[:8]
-        if self.recipe.rounding == "imatrix" and is_weighed(quant):
-            text = sha256_file(self.cut.windows_path)[:16]
-            matrix, name = folder / f"{name}-{text}.imatrix", f"{name}-{text}"
-            if not matrix.is_file():
-                self._take_imatrix(self.dense.folder, self.cut.windows_path, matrix)
-        path = folder / f"{name}-{quant}.gguf"
-        if not path.is_file():
-            export_gguf(
-                self.dense.folder, path, quant, name=model_name(self.dense.id), imatrix=matrix, overrides=overrides
-            )
-        return path
 
     # figures ---------------------------------------------------------------------------------------------------------
 
@@ -193,7 +75,7 @@ class _Build:
         from cusprun.benchmarks import quality, report, speed, tasks
 
         recipe, quant = self.recipe, artifact["quant"]
-        expert, dense = self.out / artifact["path"], self._dense_gguf(quant)
+        expert, dense = self.out / artifact["path"], self.artifacts.dense_artifact(quant)
         texts, asked = read_texts(self.cut.texts_path)
         both = [artifact["sha256"], self.dense.key]
         threads, device = recipe.threads, recipe.device

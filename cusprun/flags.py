@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cusprun import onnx_types
 from cusprun.quants import NAMES
 
 Model = Annotated[str | None, typer.Option(help="Dense model: a folder, a .gguf, a hub id, or the default.")]
@@ -44,7 +45,16 @@ Layout = Annotated[str | None, typer.Option(help="per-layer widths, or uniform."
 Align = Annotated[int | None, typer.Option(help="FFN widths are multiples of this.")]
 Tokens = Annotated[int | None, typer.Option(help="Calibration tokens, shared by the dimensions.")]
 Window = Annotated[int | None, typer.Option(help="Tokens of one calibration window.")]
-Quant = Annotated[list[str] | None, typer.Option(help=f"GGUF type: {NAMES}; repeat.")]
+Format = Annotated[list[str] | None, typer.Option(help="gguf, onnx or both with a comma; default: those of --quant.")]
+Quant = Annotated[
+    list[str] | None,
+    typer.Option(help=f"Types, with commas; default q8_0. GGUF: {NAMES}. ONNX: {onnx_types.NAMES}."),
+]
+BlockSize = Annotated[int | None, typer.Option(help="Weights that share a scale in ONNX int4: 32 (default) or 128.")]
+ZeroPoints = Annotated[
+    bool | None, typer.Option("--zero-points/--symmetric", help="ONNX int4 with a fitted zero point in each block.")
+]
+OutputBits = Annotated[int | None, typer.Option(help="Bits of the output layer in ONNX int4: 8 (default) or 4.")]
 TensorType = Annotated[list[str] | None, typer.Option(help="Type of single tensors, REGEX=TYPE; repeat.")]
 Rounding = Annotated[
     str | None, typer.Option(help="Below 8 bits: to the nearest, or by an imatrix of the calibration text (default).")
@@ -71,7 +81,9 @@ PRUNING = {
     "recover_tokens": RecoverTokens, "recover_rate": RecoverRate, "seed": Seed, "device": Device,
 }  # fmt: skip
 BUILDING = {
-    "model": Model, **PRUNING, "quant": Quant, "rounding": Rounding, "tensor_type": TensorType, "measure": Measure,
+    "model": Model, **PRUNING, "format": Format, "quant": Quant, "rounding": Rounding,
+    "tensor_type": TensorType, "block_size": BlockSize, "zero_points": ZeroPoints, "output_bits": OutputBits,
+    "measure": Measure,
     "eval_tokens": EvalTokens, "questions": Questions, "repetitions": Repetitions, "threads": Threads, "name": Name,
     "out": Out,
 }  # fmt: skip

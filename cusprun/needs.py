@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 from cusprun.dense import Sizes
+from cusprun.formats import bits_of
 from cusprun.memory import HELD_BYTES
-from cusprun.quants import TYPES
 from cusprun.recipe import Recipe
 
 # For the rough time alone: what whole-model passes reach of one matrix product's speed, and what is measured.
@@ -62,7 +62,7 @@ def needs(recipe: Recipe, sizes: Sizes, artifacts: bool) -> tuple[int, int]:
         widest = max(max(widths.ffn, widths.heads * anatomy.head_dim) for widths in anatomy.layers)
         memory += _if_held(recipe.tokens * widest * 4) + 6 * widest**2 * 8
     if artifacts:
-        files = sum(sizes.parameters * kept * TYPES[quant].bits / 8 for quant in recipe.quant)
+        files = sum(sizes.parameters * kept * bits_of(quant) / 8 for quant in recipe.quant)
         disk += files + sizes.parameters * kept * 4  # the float32 file that is quantized
         memory = max(memory, sizes.parameters * kept * 8)  # torch and the widest .gguf side by side
     return int(disk * 1.1), int(memory + 2**30)

@@ -29,6 +29,7 @@ from cusprun.corpora.sampling import all_entries, calibration_entries, general_e
 from cusprun.corpora.sources import is_cached
 from cusprun.dense import Sizes, check_folder, local_path, read_sizes
 from cusprun.errors import Failed, InvalidRequest, MissingPackage
+from cusprun.formats import format_of
 from cusprun.needs import minutes, needs
 from cusprun.recipe import WHOLE_MODEL, Recipe
 
@@ -72,7 +73,7 @@ class Prepared:
             + f"; to fetch: {self.download_bytes / 2**20:.0f} MiB",
             f"method    {', '.join(method)}" + (f", then {recipe.recover}" if recipe.recover else ""),
             f"output    {self.out}: model/"
-            + (f", gguf/ in {', '.join(recipe.quant)}" if self.artifacts else "")
+            + (f", {_formats(recipe.quant)}" if self.artifacts else "")
             + (", report/" if self.artifacts and recipe.measure else ""),
             f"needs     {_size(self.disk_bytes)} disk, {_size(self.memory_bytes)} memory, "
             f"roughly {low:.0f} to {high:.0f} minutes without downloads",
@@ -158,9 +159,15 @@ def model_name(model: str) -> str:
     return last.removesuffix(".gguf").lower()
 
 
+def _formats(quants: Sequence[str]) -> str:
+    """The folders that artifacts go into, each with its types."""
+    folders = dict.fromkeys(map(format_of, quants))
+    return ", ".join(f"{name}/ in {', '.join(q for q in quants if format_of(q) == name)}" for name in folders)
+
+
 def _missing_packages(recipe: Recipe) -> list[str]:
     packages = {"torch": "torch", "transformers": "transformers", "llama_cpp": "llama-cpp-python", "gguf": "gguf"}
-    packages |= {"datasketch": "datasketch"}
+    packages |= {"datasketch": "datasketch", "onnx": "onnx", "onnx_ir": "onnx-ir", "onnxruntime": "onnxruntime"}
     if recipe.recover and find_spec("peft") is None:
         return [f"--recover {recipe.recover} needs the package peft: pip install 'cusprun[recover]'"]
     return [

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cusprun.errors import InvalidRequest
 from cusprun.files import written_whole
+from cusprun.formats import resolve
 from cusprun.quants import TYPES, parse_override
 
 DEFAULT_RATIO = 0.25
@@ -26,7 +27,7 @@ WINDOW = 512
 
 Quant = Literal[
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "iq3_m",
-    "iq2_m",
+    "iq2_m", "fp32", "fp16", "int8", "int4",
 ]  # fmt: skip
 Method = Literal[
     "refit", "cus-prun", "llm-pruner", "llm-pruner-vector", "llm-pruner-element2", "llm-pruner-mix",
@@ -71,11 +72,15 @@ class Recipe(BaseModel):
     recover_rank: int = Field(8, ge=1, le=256, description="rank of the adapters")
     recover_tokens: int = Field(65536, ge=1024, description="calibration tokens that recovery reads in all")
     recover_rate: float = Field(1e-4, gt=0, lt=1, description="learning rate of recovery")
-    quant: tuple[Quant, ...] = Field(("q8_0",), min_length=1, description="GGUF types to write")
+    format: tuple[Literal["gguf", "onnx"], ...] = Field((), description="formats to write; default: those of quant")
+    quant: tuple[Quant, ...] = Field(("q8_0",), min_length=1, description="types to write, of GGUF and of ONNX")
     rounding: Literal["nearest", "imatrix"] = Field(
         "imatrix", description="how weights are rounded below eight bits: to the nearest, or weighed by their inputs"
     )
     tensor_type: tuple[str, ...] = Field((), description="REGEX=TYPE of single tensors in the .gguf")
+    block_size: Literal[32, 128] = Field(32, description="weights that share a scale in ONNX int4")
+    zero_points: bool = Field(False, description="they share a fitted zero point too")
+    output_bits: Literal[4, 8] = Field(8, description="bits of the output layer in ONNX int4")
     measure: bool = Field(True, description="measure dense and expert after the export")
     eval_tokens: int = Field(6144, ge=1024, description="tokens of each evaluation text")
     questions: int = Field(64, ge=1, description="most questions to ask")
@@ -85,6 +90,24 @@ class Recipe(BaseModel):
     threads: int | None = Field(None, ge=1, description="threads of measurements; default: physical cores")
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the expert")
     out: Path | None = Field(None, description="folder of the expert")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_types(cls, values: Any) -> Any:
+        """Types joined by commas come apart; a format without a type gets its default."""
+        if not isinstance(values, dict) or not {"format", "quant"} & values.keys():
+            return values
+        given = {key: values.get(key) or () for key in ("format", "quant")}
+        lists = {key: [value] if isinstance(value, str) else value for key, value in given.items()}
+        if not all(isinstance(value, list | tuple) for value in lists.values()):
+            return values  # the fields say what is wrong
+        if not all(isinstance(part, str) for value in lists.values() for part in value):
+            return values
+        apart = {key: [part for one in value for part in one.split(",") if part] for key, value in lists.items()}
+        try:
+            return {**values, "format": apart["format"], "quant": resolve(apart["format"], apart["quant"])}
+        except InvalidRequest:  # said below, with everything else that is wrong
+            return {**values, "format": apart["format"], "quant": apart["quant"] or ["q8_0"]}
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -107,11 +130,13 @@ class Recipe(BaseModel):
                 parse_override(value)
             except InvalidRequest as error:
                 problems.append(str(error))
-        needing = [quant for quant in self.quant if TYPES[quant].needs_imatrix]
+        try:
+            resolve(self.format, self.quant)
+        except InvalidRequest as error:
+            problems.append(str(error))
+        needing = [quant for quant in self.quant if quant in TYPES and TYPES[quant].needs_imatrix]
         if needing and self.rounding == "nearest":
             problems.append(f"quant {needing[0]} needs an importance matrix: rounding nearest cannot give it")
-        if len(set(self.quant)) < len(self.quant):
-            problems.append("quant names a type twice")
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -34,6 +34,7 @@ VERSIONS = {
     "model": 2,
     "imatrix": 1,
     "gguf": 1,
+    "onnx": 1,
     "quality": 1,
     "questions": 1,
     "speed": 1,

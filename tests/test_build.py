@@ -263,6 +263,22 @@ def test_tied_and_untied_mistral_build(tmp_path: Path, own_text: Path) -> None:
     assert card["artifacts"][0]["arch"] == "deci"
 
 
+def test_onnx_is_exported_proved_and_measured(tmp_path: Path, pico_model: Path, own_text: Path) -> None:
+    out = tmp_path / "expert"
+    asked = ["--model", pico_model, "--corpus", own_text, "--out", out, "--ratio", 0.3, *MEASURED]
+    asked[asked.index("--quant") + 1] = "int8"
+    done = run("build", *asked)
+    assert "onnx/ in int8" in done.stderr
+    (entry,) = json.loads((out / "expert.json").read_text())["artifacts"]
+    assert (entry["format"], entry["path"]) == ("onnx", "onnx/int8")
+    assert entry["proof"]["tokenizer_equal"]
+    assert not (out / "gguf").exists()
+    speed = json.loads((out / "report" / "report.json").read_text())["speed"]
+    assert (speed["expert"]["format"], speed["dense"]["format"]) == ("onnx", "onnx")
+    assert "onnx.int8: done before, kept" in run("build", *asked).stderr
+    assert run("chat", out, "--once", "Who pays the rent?", "--max-tokens", 4).returncode == 0
+
+
 def test_rounding_goes_by_the_calibration_text(tmp_path: Path, pico_model: Path, own_text: Path) -> None:
     wish = ["build", "--model", pico_model, "--corpus", own_text, "--quant", "q4_0", "--out"]
     for rounding in ("imatrix", "nearest"):

@@ -52,7 +52,7 @@ AFTER_PRUNE = {
     "name",
     "out",
 }  # fields of the recipe that leave the pruned model as it is, or that the key holds otherwise
-LATER = {"imatrix", "gguf", "quality", "questions", "speed"}  # stages that come after the prune
+LATER = {"imatrix", "gguf", "onnx", "quality", "questions", "speed"}  # stages that come after the prune
 STAGE_LINE = re.compile(r"^([a-z0-9._]+): (?:done before, kept|[0-9.]+ s)$")
 
 # More to measure of a cell's model: the gauge, the model folder, its calibration windows, the held-out texts.

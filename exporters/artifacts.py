@@ -1,0 +1,208 @@
+"""What a build exports: the expert in every type that was asked for, each proved, and the dense model beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cusprun import __version__
+from cusprun.checkpoint import load_tokenizer
+from cusprun.corpora.cache import cache_folder
+from cusprun.corpora.selection import read_texts, read_windows
+from cusprun.cut import Cut
+from cusprun.dense import Dense
+from cusprun.files import folder_written_whole, sha256_file, written_whole
+from cusprun.formats import format_of
+from cusprun.preflight import Prepared, model_name
+from cusprun.quants import TYPES, is_weighed, parse_override
+from cusprun.stages import VERSIONS, Stages
+
+PROOF_WINDOWS = 8
+IMATRIX_STRIDE = 4  # of the calibration windows every fourth gives the importance matrix
+
+
+class Artifacts:
+    """Exports of one build; each is a stage."""
+
+    def __init__(self, prepared: Prepared, dense: Dense, stages: Stages, cut: Cut) -> None:
+        self.prepared, self.recipe, self.out = prepared, prepared.recipe, prepared.out
+        self.dense, self.stages, self.cut = dense, stages, cut
+
+    def export(self, quant: str, model_key: str) -> dict[str, Any]:
+        """Writes and proves the expert in one type; its entry in expert.json."""
+        return (self._gguf if format_of(quant) == "gguf" else self._onnx)(quant, model_key)
+
+    def dense_artifact(self, quant: str) -> Path:
+        """The dense model in the same type, rounded in the same way; written once for all builds on the same text."""
+        return (self._dense_gguf if format_of(quant) == "gguf" else self._dense_onnx)(quant)
+
+    # GGUF ------------------------------------------------------------------------------------------------------------
+
+    def _gguf(self, quant: str, model_key: str) -> dict[str, Any]:
+        path = self.out / "gguf" / f"{self.prepared.name}-{quant}.gguf"
+        weighed = self.recipe.rounding == "imatrix" and is_weighed(quant)
+        matrix = self._imatrix(model_key) if weighed else None
+        overrides = self._overrides(quant)
+
+        def write() -> dict[str, Any]:
+            from cusprun.exporters.gguf import export_gguf
+            from cusprun.exporters.proof import prove_gguf
+
+            windows = self._proof_windows()
+            with written_whole(path) as part:  # under its own name only once llama.cpp has answered as torch does
+                candidate = part.with_name(f"{part.name}.gguf")  # a name that a later build sweeps away
+                try:
+                    report = export_gguf(
+                        self.out / "model", candidate, quant, name=self.prepared.name, metadata=self._metadata(),
+                        imatrix=matrix, overrides=overrides,
+                    )  # fmt: skip
+                    proof = prove_gguf(candidate, self.out / "model", windows, threads=self.recipe.threads)
+                    os.replace(candidate, part)
+                finally:
+                    candidate.unlink(missing_ok=True)
+            return {
+                "path": path.relative_to(self.out).as_posix(),
+                "format": "gguf",
+                "quant": quant,
+                "arch": report.arch,
+                "bytes": report.bytes,
+                "sha256": report.sha256,
+                "rounding": "imatrix" if weighed else "nearest",
+                "fallbacks": [asdict(fallback) for fallback in report.fallbacks],
+                "proof": proof.as_dict(),
+            }
+
+        names = json.dumps([self.prepared.name, self._metadata()], sort_keys=True)
+        keys = [model_key, names, *self.recipe.tensor_type, *([sha256_file(matrix)] if matrix else [])]
+        exported = self.stages.step(f"gguf.{quant}", keys, [path], write)
+        value: dict[str, Any] = exported["value"]
+        return value
+
+    def _overrides(self, quant: str) -> list[tuple[str, str]]:
+        """Types of single tensors; files that no quantizer writes have none."""
+        return [] if TYPES[quant].plain else [parse_override(value) for value in self.recipe.tensor_type]
+
+    def _imatrix(self, model_key: str) -> Path:
+        """The expert's importance matrix on some of the calibration windows, in llama.cpp's own form."""
+        path = self.out / "gguf" / f"{self.prepared.name}.imatrix"
+        base = self.cut.base
+        assert base is not None
+        self.stages.step(
+            "imatrix", [model_key, base.key], [path], lambda: self._take_imatrix(self.out / "model", base.windows, path)
+        )
+        return path
+
+    def _take_imatrix(self, folder: Path, windows: Path, path: Path) -> None:
+        from cusprun.exporters.imatrix import collect_imatrix, write_imatrix
+
+        texts = {name: ids[::IMATRIX_STRIDE] for name, ids in read_windows(windows).items()}
+        write_imatrix(path, collect_imatrix(folder, texts, self.recipe.device), list(texts))
+
+    def _metadata(self) -> dict[str, str]:
+        scenario = self.prepared.scenario
+        values = {
+            "license": self.dense.licence,
+            "base_model": self.dense.id,
+            "languages": scenario.language,
+            "tags": ", ".join(["cusprun", *scenario.given().values()]),
+            "cusprun.method": self.recipe.method,
+            "cusprun.version": __version__,
+        }
+        return {key: value for key, value in values.items() if value}
+
+    def _dense_gguf(self, quant: str) -> Path:
+        from cusprun.exporters.gguf import export_gguf
+
+        name = model_name(self.dense.id)
+        folder = cache_folder() / "dense-gguf" / f"{self.dense.key[:16]}-{VERSIONS['gguf']}"
+        matrix, overrides = None, self._overrides(quant)
+        if self.recipe.rounding == "imatrix" and is_weighed(quant):
+            text = sha256_file(self.cut.windows_path)[:16]
+            name += f"-{text}"
+            matrix = folder / f"{name}.imatrix"
+            if not matrix.is_file():
+                self._take_imatrix(self.dense.folder, self.cut.windows_path, matrix)
+        if overrides:
+            name += "-" + hashlib.sha256(repr(overrides).encode()).hexdigest()[:8]
+        path = folder / f"{name}-{quant}.gguf"
+        if not path.is_file():
+            export_gguf(
+                self.dense.folder, path, quant, name=model_name(self.dense.id), imatrix=matrix, overrides=overrides
+            )
+        return path
+
+    # ONNX ------------------------------------------------------------------------------------------------------------
+
+    def _onnx(self, quant: str, model_key: str) -> dict[str, Any]:
+        path = self.out / "onnx" / quant
+        settings = self._onnx_settings()
+
+        def write() -> dict[str, Any]:
+            from cusprun.exporters.onnx import export_onnx
+            from cusprun.exporters.proof import prove_onnx
+
+            with folder_written_whole(path) as part:
+                candidate = part / "candidate"
+                report = export_onnx(self.out / "model", candidate, quant, name=self.prepared.name, **settings)
+                proof = prove_onnx(
+                    candidate, self.out / "model", quant, self._proof_windows(), threads=self.recipe.threads
+                )
+                for file in candidate.iterdir():
+                    os.replace(file, part / file.name)
+                candidate.rmdir()
+            return {
+                "path": path.relative_to(self.out).as_posix(),
+                "format": "onnx",
+                "quant": quant,
+                "bytes": report.bytes,
+                "sha256": report.sha256,
+                **report.settings,
+                "proof": proof.as_dict(),
+            }
+
+        keys = [model_key, self.prepared.name, json.dumps(settings, sort_keys=True)]
+        exported = self.stages.step(f"onnx.{quant}", keys, [path], write)
+        value: dict[str, Any] = exported["value"]
+        return value
+
+    def _onnx_settings(self) -> dict[str, Any]:
+        recipe = self.recipe
+        return {
+            "block_size": recipe.block_size,
+            "symmetric": not recipe.zero_points,
+            "output_bits": recipe.output_bits,
+        }
+
+    def _dense_onnx(self, quant: str) -> Path:
+        from cusprun.exporters.onnx import export_onnx
+
+        settings = self._onnx_settings()
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        name = f"{self.dense.key[:16]}-{VERSIONS['onnx']}-{quant}" + (f"-{digest}" if quant == "int4" else "")
+        path = cache_folder() / "dense-onnx" / name
+        if not path.is_dir():
+            export_onnx(self.dense.folder, path, quant, name=model_name(self.dense.id), **settings)
+        return path
+
+    def _proof_windows(self) -> np.ndarray:
+        """Held-out text in windows, for the comparison with torch."""
+        texts, _ = read_texts(self.cut.texts_path)
+        tokenizer = load_tokenizer(self.out / "model")
+        ids: list[int] = []
+        for document in next(iter(texts.values()), []):
+            ids += tokenizer(document, add_special_tokens=False)["input_ids"]
+            if len(ids) >= PROOF_WINDOWS * self.recipe.window:
+                break
+        count = min(PROOF_WINDOWS, len(ids) // self.recipe.window)
+        if count:
+            return np.array(ids[: count * self.recipe.window], dtype=np.int64).reshape(count, -1)
+        assert self.cut.base is not None
+        return next(iter(read_windows(self.cut.base.windows).values()))[
+            :PROOF_WINDOWS
+        ]  # no held-out text: no figure comes of this
