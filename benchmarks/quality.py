@@ -23,7 +23,7 @@ from cusprun.benchmarks.same_bytes import Passages, same_passages
 from cusprun.benchmarks.tally import REMARK, Quality, QualityPair, Tally
 from cusprun.errors import InvalidRequest
 from cusprun.progress import say, track
-from cusprun.runtimes import Runtime, open_runtime
+from cusprun.runtimes import Runtime, is_onnx, open_runtime
 from cusprun.runtimes.child import run_in_child
 
 Score = Literal["second-half", "all"]
@@ -98,7 +98,7 @@ def evaluate_corpora(
         "threads": threads,
         "device": device,
     }
-    native = any(path is not None and path.suffix == ".gguf" for path in (artifact, against))
+    native = any(path is not None and (path.suffix == ".gguf" or is_onnx(path)) for path in (artifact, against))
     found = run_in_child(_measure, **request) if native else _measure(**request)
     return {
         name: QualityPair(Quality(**own), None if others is None else Quality(**others), same)

@@ -1,8 +1,9 @@
 """An ONNX model folder in plain onnxruntime: the graph, and a cache that is written in place.
 
-Needs numpy and onnxruntime only and is copied into every folder that is exported, beside run.py. The cache is
-allocated once at full length: each layer's past_key_values.N and present.N are bound to the same buffer, and
-attention_mask says how much of it is filled.
+Runs what cusprun exports, and other decoders in onnxruntime-genai's form that read ids, mask and cache alone. Needs
+numpy and onnxruntime only and is copied into every folder that is exported, beside run.py. The cache is allocated once
+at full length: each layer's past_key_values.N and present.N are bound to the same buffer, and attention_mask says how
+much of it is filled.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 import onnxruntime
 
 PAST, PRESENT = "past_key_values.", "present."
+KEEP = "logits_to_keep"  # an input that may be left out: the last positions that logits are computed for
 
 
 class OnnxSession:
@@ -42,11 +44,17 @@ class OnnxSession:
         self.filled = 0
         device = "cuda" if provider == "CUDA" else "cpu"
         self._cache: dict[str, Any] = {}
+        self._trims = KEEP in [value.name for value in self._session.get_overridable_initializers()]
+        decoder = self.config["decoder"]
         for value in self._session.get_inputs():
             if value.name.startswith(PAST):
-                shape = (1, value.shape[1], self.context, value.shape[3])
+                heads, size = value.shape[1], value.shape[3]  # numbers, or names where all layers are alike
+                heads = heads if isinstance(heads, int) else int(decoder["num_key_value_heads"])
+                shape = (1, heads, self.context, size if isinstance(size, int) else int(decoder["head_size"]))
                 empty = np.zeros(shape, np.float16 if "float16" in value.type else np.float32)
                 self._cache[value.name] = onnxruntime.OrtValue.ortvalue_from_numpy(empty, device, 0)
+            elif value.name not in ("input_ids", "attention_mask"):
+                raise ValueError(f"the graph wants an input {value.name}, which is not given here")
 
     def append(self, tokens: Sequence[int], rows: int = 1) -> np.ndarray:
         """Appends tokens to the cache; logits after the last ``rows`` of them (0: all), (rows, vocabulary) float32.
@@ -59,8 +67,9 @@ class OnnxSession:
         binding = self._session.io_binding()
         binding.bind_cpu_input("input_ids", np.array([tokens], dtype=np.int64))
         binding.bind_cpu_input("attention_mask", np.ones((1, filled), dtype=np.int64))
-        keep = onnxruntime.OrtValue.ortvalue_from_numpy(np.array([rows], dtype=np.int64))
-        binding.bind_ortvalue_input("logits_to_keep", keep)
+        if self._trims:
+            keep = onnxruntime.OrtValue.ortvalue_from_numpy(np.array([rows], dtype=np.int64))
+            binding.bind_ortvalue_input(KEEP, keep)
         for name, value in self._cache.items():
             binding.bind_ortvalue_input(name, value)
             binding.bind_ortvalue_output(name.replace(PAST, PRESENT), value)
@@ -68,4 +77,4 @@ class OnnxSession:
         self._session.run_with_iobinding(binding)
         self.filled = filled
         found: np.ndarray = binding.get_outputs()[-1].numpy()[0]
-        return found
+        return found[-rows:]
