@@ -15,7 +15,7 @@ import typer
 from cusprun import __version__, cli_corpora, flags
 from cusprun.errors import Failed, InvalidRequest, reason_of
 from cusprun.flags import Json, print_json
-from cusprun.quants import NAMES, parse_override
+from cusprun.quants import NAMES
 
 app = typer.Typer(
     name="cusprun-edge",
@@ -133,27 +133,14 @@ def export(
 
     Example: cusprun-edge export expert/model --quant q4_0 --corpus contracts.txt --out expert-q4_0.gguf
     """
-    from cusprun.as_llama import as_llama
-    from cusprun.exporters.gguf import export_gguf
+    from cusprun.exporters.gguf_request import export_folder
 
-    name = name or (model.resolve().parent.name if model.name == "model" else model.resolve().name)
-    target = out if out.suffix == ".gguf" else out / f"{name}-{quant}.gguf"
-    if target.exists():
-        raise InvalidRequest(f"--out {target} exists; choose another name or remove it")
-    model = as_llama(model)
-    overrides = [parse_override(value) for value in tensor_type or []]
-    if imatrix and corpus:
-        raise InvalidRequest("--imatrix and --corpus are two ways to the same: give one")
-    if corpus is not None:
-        from cusprun.exporters.imatrix import imatrix_of_text
-
-        imatrix = imatrix_of_text(model, corpus, target.with_suffix(".imatrix"), tokens)
-    report = export_gguf(model, target, quant, name=name, imatrix=imatrix, overrides=overrides, threads=threads)
+    report = export_folder(
+        model, out, quant, name=name, imatrix=imatrix, corpus=corpus, tokens=tokens, tensor_types=tensor_type or (),
+        threads=threads,
+    )  # fmt: skip
     if json_:
-        print_json(
-            {"path": str(report.path), "quant": quant, "arch": report.arch, "bytes": report.bytes,
-             "sha256": report.sha256, "fallbacks": [vars(fallback) for fallback in report.fallbacks]}
-        )  # fmt: skip
+        print_json(report.as_json())
     else:
         typer.echo(f"{report.path}  {report.bytes / 2**20:.1f} MiB  {report.arch}")
 

@@ -8,27 +8,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from math import prod
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import gguf
-import numpy as np
 
-from cusprun.anatomy import Anatomy, describe, read_config
-from cusprun.checkpoint import Weights
 from cusprun.errors import Failed, InvalidRequest
-from cusprun.exporters import gguf_metadata, gguf_tensors, gguf_tokenizer
+from cusprun.exporters import gguf_metadata
+from cusprun.exporters.gguf_source import GgufSource
 from cusprun.exporters.imatrix import read_imatrix
 from cusprun.files import aside, sha256_file, written_whole
 from cusprun.progress import say
-from cusprun.quants import TYPES
+from cusprun.quants import TYPES, is_weighed
 from cusprun.runtimes import default_threads
 from cusprun.runtimes.child import run_in_child
 from cusprun.runtimes.gguf_header import TensorInfo, load_metadata
 
-_FLOAT32 = np.dtype(np.float32)
-
+OUTER = ("token_embd.weight", "output.weight")  # matrices outside the layers
 SUPER_BLOCK = 256  # row length that K-quants need
 BLOCK = 32  # row length that the other quantized types need
 
@@ -57,6 +54,17 @@ class GgufReport:
     types: dict[str, str] = field(repr=False)  # tensor -> type
     fallbacks: tuple[Fallback, ...] = field(repr=False)
 
+    def as_json(self) -> dict[str, Any]:
+        """What `cusprun-edge export --json` prints."""
+        return {
+            "path": str(self.path),
+            "quant": self.quant,
+            "arch": self.arch,
+            "bytes": self.bytes,
+            "sha256": self.sha256,
+            "fallbacks": [asdict(fallback) for fallback in self.fallbacks],
+        }
+
 
 def export_gguf(
     model_dir: Path,
@@ -71,106 +79,112 @@ def export_gguf(
 ) -> GgufReport:
     """Writes the model folder ``model_dir`` to ``out`` as ``quant``, one of :data:`cusprun.quants.TYPES`.
 
-    ``name`` goes into general.name (default: the folder's), ``metadata`` into the keys that gguf_metadata lists;
-    ``imatrix`` is a file of :mod:`cusprun.exporters.imatrix` or llama.cpp's own, which the quantizer weighs errors by.
-    ``overrides`` are pairs of a regular expression and the type of every tensor whose name in the file it is found in.
-    ``out`` appears whole or not at all. Raises InvalidRequest where the request or the folder makes no sense, Failed
-    naming the tensor where weights are not finite or do not fit.
+    ``imatrix`` is a file of :mod:`cusprun.exporters.imatrix` or llama.cpp's own, which the quantizer weighs errors by;
+    the rest is :class:`GgufExport`'s. ``out`` appears whole or not at all. Raises InvalidRequest where the request or
+    the folder makes no sense, Failed naming the tensor where weights are not finite or do not fit.
     """
-    if quant not in TYPES:
-        raise InvalidRequest(f"quantization {quant!r} is unknown: write one of {', '.join(TYPES)}")
-    if TYPES[quant].needs_imatrix and imatrix is None:
-        raise InvalidRequest(f"{quant} needs an importance matrix: give one with --imatrix FILE, or text with --corpus")
-    gguf_metadata.check_metadata(metadata or {})
-    if imatrix is not None:
-        read_imatrix(imatrix)
-    source = _Source(model_dir, name or model_dir.resolve().name, metadata or {})
-    _check_overrides(source, quant, overrides)
-    try:
-        with written_whole(out) as part:
-            if TYPES[quant].plain:
-                source.write(part, quant.upper(), file_type(quant))
-            else:
-                with _scratch(part) as whole:
-                    source.write(whole, source.matrix_type, file_type(source.matrix_type.lower()))
-                    run_in_child(
-                        quantize_file, str(whole), str(part), int(file_type(quant)), threads or default_threads(),
-                        str(imatrix) if imatrix is not None else None, overrides,
-                    )  # fmt: skip
-            info = load_metadata(part)
-    except OSError as error:
-        raise Failed(f"{out} could not be written: {error.strerror or error}") from error
-    fallbacks = tuple(find_fallbacks(info.tensors, quant, overrides))
-    if fallbacks:
-        say(f"{out.name}: larger type for rows that do not divide into blocks, in tensors: {len(fallbacks)}")
-    return GgufReport(
-        path=out,
-        quant=quant,
-        arch=info.architecture,
-        bytes=info.file_bytes,
-        sha256=sha256_file(out),
-        parameters=info.parameters,
-        tokenizer_pre=source.vocabulary.pre,
-        types={tensor.name: tensor.type for tensor in info.tensors},
-        fallbacks=fallbacks,
+    export = GgufExport(
+        model_dir, quant, name=name, metadata=metadata, overrides=overrides, weighed=imatrix is not None
     )
+    return export.write(out, imatrix, threads)
 
 
-class _Source:
-    """A checked model folder, ready to be written in any plain type."""
+class GgufExport:
+    """A request for one file that was checked in all that needs no work.
 
-    def __init__(self, folder: Path, name: str, metadata: Mapping[str, str]) -> None:
-        self.name, self.metadata = name, metadata
-        self.config = read_config(folder)
-        self.anatomy: Anatomy = describe(folder)
-        self.weights = Weights(folder)
-        self.weights.check(self.anatomy)
-        if self.anatomy.head_dim % 2:
-            raise InvalidRequest(f"{folder}: a head_dim of {self.anatomy.head_dim} cannot rotate in pairs")
-        self.rope = gguf_tensors.read_rope(self.config, self.anatomy.head_dim)
-        self.vocabulary = gguf_tokenizer.read_vocabulary(folder, self.anatomy.vocab_size, self.config)
-        context = gguf_metadata.context_length(self.config)
-        if context < int(self.config.get("max_position_embeddings") or context):
-            say(f"{folder}: the context is cut to the sliding window of {context} tokens, which llama.cpp cannot slide")
+    ``name`` goes into general.name (default: the folder's), ``metadata`` into the keys that gguf_metadata lists;
+    ``overrides`` are pairs of a regular expression and the type of every tensor whose name in the file it is found in;
+    ``weighed`` says that there will be an importance matrix. Raises InvalidRequest where the request or the folder
+    makes no sense.
+    """
 
-    @property
-    def matrix_type(self) -> str:
-        """The plain type that loses nothing of the stored embedding's: F16, BF16 or F32."""
-        stored = self.weights.dtype(self.anatomy.family.embedding)
-        return stored if stored in ("F16", "BF16") else "F32"
-
-    def write(self, path: Path, matrix_type: str, file_type: gguf.LlamaFileType) -> None:
-        """Writes the file with matrices in ``matrix_type``; at most one tensor is in memory."""
-        plans = gguf_tensors.plan_tensors(self.anatomy, matrix_type, self.rope.freqs)
-        parameters = sum(prod(plan.shape) for plan in plans if plan.source is not None)
-        writer = gguf.GGUFWriter(path, gguf_metadata.architecture(self.anatomy))
-        try:
-            gguf_metadata.write_general(writer, self.name, parameters, file_type, self.metadata)
-            gguf_metadata.write_sizes(writer, self.anatomy, self.config, self.rope)
-            gguf_tokenizer.write_vocabulary(writer, self.vocabulary)
-            for plan in plans:
-                kind = gguf.GGMLQuantizationType[plan.type]
-                # The dtype only tells plain data from bytes here; raw_dtype is what is written.
-                writer.add_tensor_info(plan.name, plan.shape, _FLOAT32, plan.bytes, raw_dtype=kind)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for data in gguf_tensors.read_tensors(self.weights, plans, self.rope.freqs):
-                writer.write_tensor_data(data)
-        finally:
-            writer.close()
-
-
-def _check_overrides(source: _Source, quant: str, overrides: Sequence[tuple[str, str]]) -> None:
-    """Raises InvalidRequest for overrides that nothing comes of."""
-    if overrides and TYPES[quant].plain:
-        raise InvalidRequest(f"--tensor-type changes what the quantizer does, and {quant} is written without it")
-    names = [plan.name for plan in gguf_tensors.plan_tensors(source.anatomy, "F32", None) if len(plan.shape) == 2]
-    for pattern, _ in overrides:
-        if not any(re.search(pattern, name) for name in names):
+    def __init__(
+        self,
+        model_dir: Path,
+        quant: str,
+        *,
+        name: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        overrides: Sequence[tuple[str, str]] = (),
+        weighed: bool = False,
+    ) -> None:
+        if quant not in TYPES:
+            raise InvalidRequest(f"quantization {quant!r} is unknown: write one of {', '.join(TYPES)}")
+        if TYPES[quant].needs_imatrix and not weighed:
             raise InvalidRequest(
-                f"--tensor-type {pattern}=…: no matrix has such a name; there are {', '.join(names[:9])} …"
+                f"{quant} needs an importance matrix: give one with --imatrix FILE, or text with --corpus"
             )
+        if weighed and not is_weighed(quant) and not overrides:
+            raise InvalidRequest(
+                f"{quant} is rounded the same with an importance matrix and without: leave it out, or choose a type "
+                "below eight bits"
+            )
+        gguf_metadata.check_metadata(metadata or {})
+        self.quant, self.overrides, self.weighed = quant, tuple(overrides), weighed
+        self.source = GgufSource(model_dir, name or model_dir.resolve().name, metadata or {})
+        self._check_overrides()
+
+    def check_imatrix(self, path: Path) -> None:
+        """Raises InvalidRequest where ``path`` is no importance matrix of this model."""
+        found, matrices = read_imatrix(path), self.source.matrices()
+        for name, shape in matrices.items():
+            if name in found and found[name].size != shape[-1]:
+                raise InvalidRequest(
+                    f"{path} is of another model: {name} has {found[name].size} columns there and {shape[-1]} here"
+                )
+        lost = [name for name in matrices if name not in found and name not in OUTER]
+        if lost and TYPES[self.quant].needs_imatrix:
+            raise InvalidRequest(f"{path} lacks {lost[0]}, and {self.quant} needs every matrix of the layers in it")
+
+    def write(self, out: Path, imatrix: Path | None = None, threads: int | None = None) -> GgufReport:
+        """Writes the file to ``out``, whole or not at all.
+
+        Raises Failed naming the tensor where weights are not finite or do not fit.
+        """
+        source, quant = self.source, self.quant
+        if imatrix is not None:
+            self.check_imatrix(imatrix)
+        try:
+            with written_whole(out) as part:
+                if TYPES[quant].plain:
+                    source.write(part, quant.upper(), file_type(quant))
+                else:
+                    with _scratch(part) as whole:
+                        source.write(whole, source.matrix_type, file_type(source.matrix_type.lower()))
+                        run_in_child(
+                            quantize_file, str(whole), str(part), int(file_type(quant)), threads or default_threads(),
+                            str(imatrix) if imatrix is not None else None, self.overrides,
+                        )  # fmt: skip
+                info = load_metadata(part)
+        except OSError as error:
+            raise Failed(f"{out} could not be written: {error.strerror or error}") from error
+        fallbacks = tuple(find_fallbacks(info.tensors, quant, self.overrides))
+        if fallbacks:
+            say(f"{out.name}: larger type for rows that do not divide into blocks, in tensors: {len(fallbacks)}")
+        return GgufReport(
+            path=out,
+            quant=quant,
+            arch=info.architecture,
+            bytes=info.file_bytes,
+            sha256=sha256_file(out),
+            parameters=info.parameters,
+            tokenizer_pre=source.vocabulary.pre,
+            types={tensor.name: tensor.type for tensor in info.tensors},
+            fallbacks=fallbacks,
+        )
+
+    def _check_overrides(self) -> None:
+        """Raises InvalidRequest for overrides that nothing comes of."""
+        if self.overrides and TYPES[self.quant].plain:
+            raise InvalidRequest(
+                f"--tensor-type changes what the quantizer does, and {self.quant} is written without it"
+            )
+        names = list(self.source.matrices())
+        for pattern, _ in self.overrides:
+            if not any(re.search(pattern, name) for name in names):
+                raise InvalidRequest(
+                    f"--tensor-type {pattern}=…: no matrix has such a name; there are {', '.join(names[:9])} …"
+                )
 
 
 def quantize_file(

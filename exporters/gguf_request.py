@@ -1,0 +1,56 @@
+"""What `cusprun-edge export` asks for: everything is checked first, then the importance matrix taken, then the file
+written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cusprun.as_llama import as_llama
+from cusprun.errors import InvalidRequest
+from cusprun.exporters.gguf import GgufExport, GgufReport
+from cusprun.exporters.imatrix import imatrix_of_text
+from cusprun.quants import parse_override
+
+
+def export_folder(
+    model: Path,
+    out: Path,
+    quant: str,
+    *,
+    name: str | None = None,
+    imatrix: Path | None = None,
+    corpus: Path | None = None,
+    tokens: int = 16384,
+    tensor_types: Sequence[str] = (),
+    threads: int | None = None,
+) -> GgufReport:
+    """Writes the model folder ``model`` as ``quant`` to ``out``, a .gguf or a folder for one.
+
+    ``name`` defaults to the folder's, of an expert's model/ to the expert's. The importance matrix is ``imatrix`` or
+    taken of about ``tokens`` tokens of ``corpus`` and written beside the file. ``tensor_types`` are REGEX=TYPE.
+    Raises InvalidRequest before any work where something makes no sense or is in the way.
+    """
+    name = name or (model.resolve().parent.name if model.name == "model" else model.resolve().name)
+    target = out if out.suffix == ".gguf" else out / f"{name}-{quant}.gguf"
+    if imatrix is not None and corpus is not None:
+        raise InvalidRequest("--imatrix and --corpus are two ways to the same: give one")
+    taken = target.with_suffix(".imatrix") if corpus is not None else None
+    for path in (target, taken):
+        if path is not None and path.exists():
+            raise InvalidRequest(f"--out {target}: {path} exists; choose another name or remove it")
+    folder = as_llama(model)
+    export = GgufExport(
+        folder, quant, name=name, overrides=[parse_override(value) for value in tensor_types],
+        weighed=imatrix is not None or corpus is not None,
+    )  # fmt: skip
+    if imatrix is not None:
+        export.check_imatrix(imatrix)
+    if corpus is None or taken is None:
+        return export.write(target, imatrix, threads)
+    imatrix_of_text(folder, corpus, taken, tokens)
+    try:
+        return export.write(target, taken, threads)
+    except BaseException:
+        taken.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,89 @@
+"""A model folder that was checked and can be written as a .gguf in any plain type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from cusprun.anatomy import Anatomy, describe, read_config
+from cusprun.checkpoint import Weights
+from cusprun.errors import InvalidRequest
+from cusprun.exporters import gguf_metadata, gguf_tensors, gguf_tokenizer
+from cusprun.progress import say
+
+_FLOAT32 = np.dtype(np.float32)
+
+
+class GgufSource:
+    """What a file is made of: sizes, weights, tokenizer, and what the file is to say of itself.
+
+    Raises InvalidRequest where the folder's parts are missing, damaged or do not belong together.
+    """
+
+    def __init__(self, folder: Path, name: str, metadata: Mapping[str, str]) -> None:
+        self.name, self.metadata = name, metadata
+        self.config = read_config(folder)
+        self.anatomy: Anatomy = describe(folder)
+        self.weights = Weights(folder)
+        self.weights.check(self.anatomy)
+        if self.anatomy.head_dim % 2:
+            raise InvalidRequest(f"{folder}: a head_dim of {self.anatomy.head_dim} cannot rotate in pairs")
+        self.rope = gguf_tensors.read_rope(self.config, self.anatomy.head_dim)
+        self.vocabulary = gguf_tokenizer.read_vocabulary(folder, self.anatomy.vocab_size, self.config)
+        context = gguf_metadata.context_length(self.config)
+        if context < int(self.config.get("max_position_embeddings") or context):
+            say(f"{folder}: the context is cut to the sliding window of {context} tokens, which llama.cpp cannot slide")
+
+    @property
+    def arch(self) -> str:
+        return gguf_metadata.architecture(self.anatomy)
+
+    @property
+    def matrix_type(self) -> str:
+        """The plain type that loses nothing of the stored embedding's: F16, BF16 or F32."""
+        stored = self.weights.dtype(self.anatomy.family.embedding)
+        return stored if stored in ("F16", "BF16") else "F32"
+
+    def tensors(self, matrix_type: str) -> list[gguf_tensors.TensorPlan]:
+        """The tensors of the file in their order, matrices in ``matrix_type``."""
+        return gguf_tensors.plan_tensors(self.anatomy, matrix_type, self.rope.freqs)
+
+    def matrices(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every matrix, rows first, by its name in the file."""
+        return {plan.name: plan.shape for plan in self.tensors("F32") if len(plan.shape) == 2}
+
+    def write(self, path: Path, matrix_type: str, file_type: gguf.LlamaFileType) -> None:
+        """Writes the file with matrices in ``matrix_type``; at most one tensor is in memory."""
+        plans = self.tensors(matrix_type)
+        writer = self._begin(path, plans, file_type)
+        try:
+            for data in gguf_tensors.read_tensors(self.weights, plans, self.rope.freqs):
+                writer.write_tensor_data(data)
+        finally:
+            writer.close()
+
+    def _begin(
+        self, path: Path, plans: list[gguf_tensors.TensorPlan], file_type: gguf.LlamaFileType
+    ) -> gguf.GGUFWriter:
+        """A writer that has written everything in front of the tensors' data."""
+        parameters = sum(prod(plan.shape) for plan in plans if plan.source is not None)
+        writer = gguf.GGUFWriter(path, self.arch)
+        try:
+            gguf_metadata.write_general(writer, self.name, parameters, file_type, self.metadata)
+            gguf_metadata.write_sizes(writer, self.anatomy, self.config, self.rope)
+            gguf_tokenizer.write_vocabulary(writer, self.vocabulary)
+            for plan in plans:
+                kind = gguf.GGMLQuantizationType[plan.type]
+                # The dtype only tells plain data from bytes here; raw_dtype is what is written.
+                writer.add_tensor_info(plan.name, plan.shape, _FLOAT32, plan.bytes, raw_dtype=kind)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+        except BaseException:
+            writer.close()
+            raise
+        return writer
