@@ -131,7 +131,8 @@ class _Build:
         return path
 
     def _take_imatrix(self, folder: Path, windows: Path, path: Path) -> None:
-        from cusprun.exporters.imatrix import collect_imatrix, write_imatrix
+        from cusprun.exporters.imatrix import collect_imatrix
+        from cusprun.exporters.imatrix_file import write_imatrix
 
         texts = {name: ids[::IMATRIX_STRIDE] for name, ids in read_windows(windows).items()}
         write_imatrix(path, collect_imatrix(folder, texts, self.recipe.device), list(texts))

@@ -126,6 +126,7 @@ def export(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1024, help="Tokens of that text.")] = 16384,
     tensor_type: Annotated[list[str] | None, typer.Option(help="Type of single tensors, REGEX=TYPE; repeat.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the file would be and write nothing.")] = False,
     threads: Threads = None,
     json_: Json = False,
 ) -> None:
@@ -137,12 +138,12 @@ def export(
 
     report = export_folder(
         model, out, quant, name=name, imatrix=imatrix, corpus=corpus, tokens=tokens, tensor_types=tensor_type or (),
-        threads=threads,
+        threads=threads, dry_run=dry_run,
     )  # fmt: skip
     if json_:
         print_json(report.as_json())
     else:
-        typer.echo(f"{report.path}  {report.bytes / 2**20:.1f} MiB  {report.arch}")
+        typer.echo("\n".join(report.as_lines()))
 
 
 @app.command()

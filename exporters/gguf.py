@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +17,18 @@ import gguf
 
 from cusprun.errors import Failed, InvalidRequest
 from cusprun.exporters import gguf_metadata
+from cusprun.exporters.gguf_prediction import Fallback, Prediction, predict_gguf, tensor_types
+from cusprun.exporters.gguf_quantize import quantize_file
 from cusprun.exporters.gguf_source import GgufSource
-from cusprun.exporters.imatrix import read_imatrix
+from cusprun.exporters.imatrix_file import read_imatrix
 from cusprun.files import aside, sha256_file, written_whole
 from cusprun.progress import say
 from cusprun.quants import TYPES, is_weighed
 from cusprun.runtimes import default_threads
 from cusprun.runtimes.child import run_in_child
-from cusprun.runtimes.gguf_header import TensorInfo, load_metadata
+from cusprun.runtimes.gguf_header import load_metadata
 
 OUTER = ("token_embd.weight", "output.weight")  # matrices outside the layers
-SUPER_BLOCK = 256  # row length that K-quants need
-BLOCK = 32  # row length that the other quantized types need
-
-
-@dataclass(frozen=True)
-class Fallback:
-    """A tensor that got another type than its row length would have had to allow."""
-
-    tensor: str
-    columns: int
-    wanted: str
-    got: str
 
 
 @dataclass(frozen=True)
@@ -64,6 +55,10 @@ class GgufReport:
             "sha256": self.sha256,
             "fallbacks": [asdict(fallback) for fallback in self.fallbacks],
         }
+
+    def as_lines(self) -> list[str]:
+        """What `cusprun-edge export` prints."""
+        return [f"{self.path}  {self.bytes / 2**20:.1f} MiB  {self.arch}"]
 
 
 def export_gguf(
@@ -136,15 +131,24 @@ class GgufExport:
         if lost and TYPES[self.quant].needs_imatrix:
             raise InvalidRequest(f"{path} lacks {lost[0]}, and {self.quant} needs every matrix of the layers in it")
 
+    @cached_property
+    def prediction(self) -> Prediction:
+        """What the file will be. Raises Failed where llama.cpp refuses the model."""
+        return predict_gguf(self.source, self.quant, self.overrides, weighed=self.weighed)
+
     def write(self, out: Path, imatrix: Path | None = None, threads: int | None = None) -> GgufReport:
         """Writes the file to ``out``, whole or not at all.
 
-        Raises Failed naming the tensor where weights are not finite or do not fit.
+        Raises Failed naming the tensor where weights are not finite or do not fit, or where the file is not what was
+        predicted.
         """
         source, quant = self.source, self.quant
         if imatrix is not None:
             self.check_imatrix(imatrix)
         try:
+            for line in self.prediction.fallback_lines():
+                say(line)
+            types, _ = tensor_types(source.matrices(), quant, self.overrides)
             with written_whole(out) as part:
                 if TYPES[quant].plain:
                     source.write(part, quant.upper(), file_type(quant))
@@ -153,14 +157,12 @@ class GgufExport:
                         source.write(whole, source.matrix_type, file_type(source.matrix_type.lower()))
                         run_in_child(
                             quantize_file, str(whole), str(part), int(file_type(quant)), threads or default_threads(),
-                            str(imatrix) if imatrix is not None else None, self.overrides,
+                            str(imatrix) if imatrix is not None else None, types,
                         )  # fmt: skip
                 info = load_metadata(part)
+                self.prediction.check(info)
         except OSError as error:
             raise Failed(f"{out} could not be written: {error.strerror or error}") from error
-        fallbacks = tuple(find_fallbacks(info.tensors, quant, self.overrides))
-        if fallbacks:
-            say(f"{out.name}: larger type for rows that do not divide into blocks, in tensors: {len(fallbacks)}")
         return GgufReport(
             path=out,
             quant=quant,
@@ -170,7 +172,7 @@ class GgufExport:
             parameters=info.parameters,
             tokenizer_pre=source.vocabulary.pre,
             types={tensor.name: tensor.type for tensor in info.tensors},
-            fallbacks=fallbacks,
+            fallbacks=self.prediction.fallbacks,
         )
 
     def _check_overrides(self) -> None:
@@ -185,70 +187,6 @@ class GgufExport:
                 raise InvalidRequest(
                     f"--tensor-type {pattern}=…: no matrix has such a name; there are {', '.join(names[:9])} …"
                 )
-
-
-def quantize_file(
-    source: str,
-    out: str,
-    file_type: int,
-    threads: int,
-    imatrix: str | None = None,
-    overrides: Sequence[Sequence[str]] = (),
-) -> None:
-    """Quantizes one .gguf into another with llama.cpp; runs in a child process, for llama.cpp may abort.
-
-    Raises Failed with llama.cpp's reason.
-    """
-    import ctypes
-    import os
-
-    import llama_cpp
-
-    from cusprun.runtimes import llamacpp
-
-    llamacpp.quiet()
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = file_type
-    parameters.nthread = threads
-    if imatrix is not None:
-        means = read_imatrix(Path(imatrix))
-        entries = (llama_cpp.llama_model_imatrix_data * (len(means) + 1))()  # the last, empty one ends the list
-        for entry, (name, values) in zip(entries, means.items(), strict=False):
-            entry.name, entry.size = name.encode(), values.size
-            entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        parameters.imatrix = entries
-    if overrides:
-        changes = (llama_cpp.llama_model_tensor_override * (len(overrides) + 1))()
-        for change, (pattern, kind) in zip(changes, overrides, strict=False):
-            change.pattern, change.type = pattern.encode(), int(gguf.GGMLQuantizationType[kind.upper()])
-        parameters.tt_overrides = changes
-    if llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(parameters)) != 0:
-        raise Failed(f"llama.cpp does not quantize {source}: {llamacpp.logged()}")
-
-
-def find_fallbacks(
-    tensors: tuple[TensorInfo, ...], quant: str, overrides: Sequence[tuple[str, str]] = ()
-) -> Iterator[Fallback]:
-    """The tensors of a quantized file whose rows do not divide into the blocks of the type meant for them."""
-    if TYPES[quant].plain:
-        return
-    tied = all(tensor.name != "output.weight" for tensor in tensors)
-    output = "token_embd.weight" if tied else "output.weight"
-    for tensor in tensors:
-        columns = tensor.shape[-1]
-        if len(tensor.shape) != 2 or columns % SUPER_BLOCK == 0:
-            continue
-        if (wish := next((kind for pattern, kind in overrides if re.search(pattern, tensor.name)), None)) is not None:
-            if tensor.type != wish.upper():
-                yield Fallback(tensor.name, columns, wish.upper(), tensor.type)
-            continue
-        meant = TYPES[quant].stand_ins
-        if tensor.name == output:
-            meant = {**meant, **TYPES[quant].output_stand_ins}
-        if columns % BLOCK:
-            yield Fallback(tensor.name, columns, quant.upper(), tensor.type)
-        elif tensor.type in meant:
-            yield Fallback(tensor.name, columns, meant[tensor.type], tensor.type)
 
 
 def file_type(quant: str) -> gguf.LlamaFileType:

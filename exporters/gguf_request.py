@@ -9,6 +9,7 @@ from pathlib import Path
 from cusprun.as_llama import as_llama
 from cusprun.errors import InvalidRequest
 from cusprun.exporters.gguf import GgufExport, GgufReport
+from cusprun.exporters.gguf_prediction import Prediction
 from cusprun.exporters.imatrix import imatrix_of_text
 from cusprun.quants import parse_override
 
@@ -24,12 +25,14 @@ def export_folder(
     tokens: int = 16384,
     tensor_types: Sequence[str] = (),
     threads: int | None = None,
-) -> GgufReport:
+    dry_run: bool = False,
+) -> GgufReport | Prediction:
     """Writes the model folder ``model`` as ``quant`` to ``out``, a .gguf or a folder for one.
 
     ``name`` defaults to the folder's, of an expert's model/ to the expert's. The importance matrix is ``imatrix`` or
-    taken of about ``tokens`` tokens of ``corpus`` and written beside the file. ``tensor_types`` are REGEX=TYPE.
-    Raises InvalidRequest before any work where something makes no sense or is in the way.
+    taken of about ``tokens`` tokens of ``corpus`` and written beside the file. ``tensor_types`` are REGEX=TYPE. With
+    ``dry_run`` nothing is written and what would be is returned. Raises InvalidRequest before any work where something
+    makes no sense or is in the way.
     """
     name = name or (model.resolve().parent.name if model.name == "model" else model.resolve().name)
     target = out if out.suffix == ".gguf" else out / f"{name}-{quant}.gguf"
@@ -46,6 +49,8 @@ def export_folder(
     )  # fmt: skip
     if imatrix is not None:
         export.check_imatrix(imatrix)
+    if dry_run:
+        return export.prediction
     if corpus is None or taken is None:
         return export.write(target, imatrix, threads)
     imatrix_of_text(folder, corpus, taken, tokens)

@@ -15,7 +15,13 @@ from cusprun.errors import InvalidRequest
 from cusprun.exporters import gguf_metadata, gguf_tensors, gguf_tokenizer
 from cusprun.progress import say
 
+ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 _FLOAT32 = np.dtype(np.float32)
+
+
+def padded(count: int) -> int:
+    """``count`` bytes with what is put behind them until the next tensor."""
+    return -(-count // ALIGNMENT) * ALIGNMENT
 
 
 class GgufSource:
@@ -65,6 +71,19 @@ class GgufSource:
                 writer.write_tensor_data(data)
         finally:
             writer.close()
+
+    def write_header(self, path: Path, file_type: gguf.LlamaFileType, *, hole: bool) -> int:
+        """Writes a file of matrices in F16 without their data, or with a ``hole`` where they would be.
+
+        Returns the bytes in front of the data, which are as many whatever the types.
+        """
+        plans = self.tensors("F16")
+        self._begin(path, plans, file_type).close()
+        header = padded(path.stat().st_size)
+        if hole:
+            with path.open("r+b") as file:
+                file.truncate(header + sum(padded(plan.bytes) for plan in plans))
+        return header
 
     def _begin(
         self, path: Path, plans: list[gguf_tensors.TensorPlan], file_type: gguf.LlamaFileType

@@ -11,7 +11,8 @@ from cusprun.errors import Failed, InvalidRequest
 from cusprun.exporters import gguf_request
 from cusprun.exporters.gguf import export_gguf
 from cusprun.exporters.gguf_request import export_folder
-from cusprun.exporters.imatrix import collect_imatrix, read_imatrix, write_imatrix
+from cusprun.exporters.imatrix import collect_imatrix
+from cusprun.exporters.imatrix_file import read_imatrix, write_imatrix
 from tests.exporters.models import make, windows
 from tests.exporters.test_gguf import rewrite
 from tests.pico import SENTENCES
