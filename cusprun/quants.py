@@ -34,6 +34,7 @@ TYPES: dict[str, QuantType] = {
     "iq4_xs": QuantType("MOSTLY_IQ4_XS", 4.3, block=256),
     "iq3_m": QuantType("MOSTLY_IQ3_M", 3.7, block=256),
     "iq2_m": QuantType("MOSTLY_IQ2_M", 2.7, needs_imatrix=True, block=256),
+    "auto": QuantType("MOSTLY_Q4_K_M", 5, block=256),  # see auto_type; as IQ4_NL where most of it is
 }
 NAMES = " ".join(TYPES)
 # What a single tensor may be.
@@ -41,6 +42,21 @@ OF_TENSORS = (
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "iq3_s",
     "q3_k", "q2_k",
 )  # fmt: skip
+
+
+def auto_type(matrix: str, columns: int) -> str:
+    """The type of a matrix, by its name in a .gguf and the length of its rows, in a file of type ``auto``.
+
+    Four bits of the best kind that the rows divide into: q4_k by 256, iq4_nl by 32, both 4.5 bits a weight. The
+    embedding and the output, which rounding hurts most, get q6_k by 256 and q8_0 by 32. Rows that nothing divides stay
+    f16. So nothing ever falls back.
+    """
+    outer = matrix in ("token_embd.weight", "output.weight")
+    if columns % 256 == 0:
+        return "q6_k" if outer else "q4_k"
+    if columns % 32 == 0:
+        return "q8_0" if outer else "iq4_nl"
+    return "f16"
 
 
 def parse_override(value: str) -> tuple[str, str]:

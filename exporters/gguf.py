@@ -13,11 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import gguf
-
 from cusprun.errors import Failed, InvalidRequest
 from cusprun.exporters import gguf_metadata
-from cusprun.exporters.gguf_prediction import Fallback, Prediction, predict_gguf, tensor_types
+from cusprun.exporters.gguf_prediction import Fallback, Prediction, file_type, predict_gguf, tensor_types
 from cusprun.exporters.gguf_quantize import quantize_file
 from cusprun.exporters.gguf_source import GgufSource
 from cusprun.exporters.imatrix_file import read_imatrix
@@ -148,17 +146,8 @@ class GgufExport:
         try:
             for line in self.prediction.fallback_lines():
                 say(line)
-            types, _ = tensor_types(source.matrices(), quant, self.overrides)
             with written_whole(out) as part:
-                if TYPES[quant].plain:
-                    source.write(part, quant.upper(), file_type(quant))
-                else:
-                    with _scratch(part) as whole:
-                        source.write(whole, source.matrix_type, file_type(source.matrix_type.lower()))
-                        run_in_child(
-                            quantize_file, str(whole), str(part), int(file_type(quant)), threads or default_threads(),
-                            str(imatrix) if imatrix is not None else None, types,
-                        )  # fmt: skip
+                self._write_part(part, imatrix, threads)
                 info = load_metadata(part)
                 self.prediction.check(info)
         except OSError as error:
@@ -175,6 +164,18 @@ class GgufExport:
             fallbacks=self.prediction.fallbacks,
         )
 
+    def _write_part(self, part: Path, imatrix: Path | None, threads: int | None) -> None:
+        source, matrices = self.source, self.source.matrices()
+        kind = file_type(self.quant, matrices)
+        if TYPES[self.quant].plain:
+            source.write(part, self.quant.upper(), kind)
+            return
+        types, _ = tensor_types(matrices, self.quant, self.overrides)
+        weights = str(imatrix) if imatrix is not None else None
+        with _scratch(part) as whole:
+            source.write(whole, source.matrix_type, file_type(source.matrix_type.lower(), matrices))
+            run_in_child(quantize_file, str(whole), str(part), int(kind), threads or default_threads(), weights, types)
+
     def _check_overrides(self) -> None:
         """Raises InvalidRequest for overrides that nothing comes of."""
         if self.overrides and TYPES[self.quant].plain:
@@ -187,11 +188,6 @@ class GgufExport:
                 raise InvalidRequest(
                     f"--tensor-type {pattern}=…: no matrix has such a name; there are {', '.join(names[:9])} …"
                 )
-
-
-def file_type(quant: str) -> gguf.LlamaFileType:
-    """llama.cpp's number of a type."""
-    return gguf.LlamaFileType[TYPES[quant].file_type]
 
 
 @contextmanager

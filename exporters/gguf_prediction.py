@@ -20,7 +20,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from cusprun.errors import Failed
 from cusprun.exporters.gguf_quantize import try_types
 from cusprun.exporters.gguf_source import GgufSource, padded
-from cusprun.quants import TYPES
+from cusprun.quants import TYPES, auto_type
 from cusprun.runtimes.child import run_in_child
 from cusprun.runtimes.gguf_header import GgufInfo
 
@@ -103,9 +103,9 @@ def predict_gguf(
 
     Nothing stays on disk. Raises Failed with llama.cpp's reason where it refuses the model.
     """
-    kind = LlamaFileType[TYPES[quant].file_type]
     shapes = {plan.name: plan.shape for plan in source.tensors("F32")}
     matrices = source.matrices()
+    kind = file_type(quant, matrices)
     with tempfile.TemporaryDirectory(prefix="cusprun-export-") as folder:
         hollow = Path(folder) / "hollow.gguf"
         header = source.write_header(hollow, kind, hole=not TYPES[quant].plain)
@@ -130,6 +130,17 @@ def predict_gguf(
     )
 
 
+def file_type(quant: str, matrices: Mapping[str, tuple[int, ...]]) -> LlamaFileType:
+    """llama.cpp's number for general.file_type: of ``auto`` the type that most weights of the layers have."""
+    if quant != "auto":
+        return LlamaFileType[TYPES[quant].file_type]
+    weights: Counter[str] = Counter()
+    for name, shape in matrices.items():
+        weights[auto_type(name, shape[-1])] += prod(shape)
+    wide = weights["q4_k"] >= weights["iq4_nl"]
+    return LlamaFileType[TYPES["auto"].file_type] if wide else LlamaFileType.MOSTLY_IQ4_NL
+
+
 def tensor_types(
     matrices: Mapping[str, tuple[int, ...]], quant: str, overrides: Sequence[tuple[str, str]]
 ) -> tuple[dict[str, str], list[Fallback]]:
@@ -141,6 +152,8 @@ def tensor_types(
     types, narrow = {}, []
     for name, shape in matrices.items():
         wish = next((kind for pattern, kind in overrides if re.search(pattern, name)), None)
+        if wish is None and quant == "auto":
+            wish = auto_type(name, shape[-1])
         if wish is not None:
             types[name] = wish
         if shape[-1] % BLOCK and wish not in ("f32", "f16", "bf16"):

@@ -53,7 +53,7 @@ def test_every_type_is_what_was_predicted(folder: Path, tmp_path: Path, quant: s
     assert predicted.type_counts == info.types
     fallen = {fallback.tensor: fallback.got for fallback in predicted.fallbacks}
     assert fallen == {name: report.types[name] for name in fallen}
-    if predicted.matrices and info.hidden_size == 256:
+    if info.hidden_size == 256 or quant == "auto":
         assert fallen == {}
     elif TYPES[quant].block == 256:
         assert len(fallen) >= 4 * 6  # of each layer all but down_proj, whose rows are of 512
@@ -80,6 +80,22 @@ def test_rows_that_no_block_divides_become_f16(tmp_path: Path, quant: str) -> No
     report = export_gguf(folder, tmp_path / "x.gguf", quant)
     assert {report.types[name] for name in ("token_embd.weight", "blk.0.ffn_down.weight")} == {"F16"}
     assert {"token_embd.weight", "blk.0.ffn_down.weight"} <= {fallback.tensor for fallback in report.fallbacks}
+
+
+@pytest.mark.parametrize("hidden", [256, 96, 72])
+@pytest.mark.parametrize("tied", [True, False])
+def test_auto_never_falls_back(tmp_path: Path, hidden: int, tied: bool) -> None:
+    folder = make(
+        tmp_path / "pico", num_hidden_layers=2, hidden_size=hidden, intermediate_size=256, tie_word_embeddings=tied
+    )
+    report = export_gguf(folder, tmp_path / "x.gguf", "auto", overrides=[("blk.1.ffn_down", "q5_k")])
+    assert report.fallbacks == ()
+    rows = {256: ("Q6_K", "Q4_K"), 96: ("Q8_0", "IQ4_NL"), 72: ("F16", "F16")}[hidden]
+    outer = [report.types[name] for name in ("token_embd.weight", "output.weight") if name in report.types]
+    assert outer == [rows[0]] * (1 if tied else 2)
+    assert {report.types[f"blk.0.{name}.weight"] for name in ("attn_q", "attn_v", "ffn_gate")} == {rows[1]}
+    assert [report.types[f"blk.{layer}.ffn_down.weight"] for layer in (0, 1)] == ["Q4_K", "Q5_K"]
+    assert load_metadata(report.path).quant == ("iq4_nl" if hidden == 96 else "q4_k_m")
 
 
 @pytest.mark.parametrize("wrong", ["bytes", "types"])
