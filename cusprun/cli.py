@@ -126,6 +126,9 @@ def export(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1024, help="Tokens of that text.")] = 16384,
     tensor_type: Annotated[list[str] | None, typer.Option(help="Type of single tensors, REGEX=TYPE; repeat.")] = None,
+    split_max_size: Annotated[
+        str | None, typer.Option(help="Write a larger file in parts of at most this, such as 500M or 2G.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the file would be and write nothing.")] = False,
     threads: Threads = None,
     json_: Json = False,
@@ -138,7 +141,7 @@ def export(
 
     report = export_folder(
         model, out, quant, name=name, imatrix=imatrix, corpus=corpus, tokens=tokens, tensor_types=tensor_type or (),
-        threads=threads, dry_run=dry_run,
+        threads=threads, split_max_size=split_max_size, dry_run=dry_run,
     )  # fmt: skip
     if json_:
         print_json(report.as_json())

@@ -18,6 +18,7 @@ from cusprun.exporters import gguf_metadata
 from cusprun.exporters.gguf_prediction import Fallback, Prediction, file_type, predict_gguf, tensor_types
 from cusprun.exporters.gguf_quantize import quantize_file
 from cusprun.exporters.gguf_source import GgufSource
+from cusprun.exporters.gguf_split import split_gguf
 from cusprun.exporters.imatrix_file import read_imatrix
 from cusprun.files import aside, sha256_file, written_whole
 from cusprun.progress import say
@@ -33,11 +34,12 @@ OUTER = ("token_embd.weight", "output.weight")  # matrices outside the layers
 class GgufReport:
     """What was written."""
 
-    path: Path
+    path: Path  # of a split file its first part
     quant: str
     arch: str
     bytes: int
-    sha256: str
+    sha256: str  # of ``path``
+    parts: tuple[Path, ...]
     parameters: int
     tokenizer_pre: str
     types: dict[str, str] = field(repr=False)  # tensor -> type
@@ -51,12 +53,15 @@ class GgufReport:
             "arch": self.arch,
             "bytes": self.bytes,
             "sha256": self.sha256,
+            "parts": [
+                {"path": str(part), "bytes": part.stat().st_size, "sha256": sha256_file(part)} for part in self.parts
+            ],
             "fallbacks": [asdict(fallback) for fallback in self.fallbacks],
         }
 
     def as_lines(self) -> list[str]:
         """What `cusprun-edge export` prints."""
-        return [f"{self.path}  {self.bytes / 2**20:.1f} MiB  {self.arch}"]
+        return [f"{part}  {part.stat().st_size / 2**20:.1f} MiB  {self.arch}" for part in self.parts]
 
 
 def export_gguf(
@@ -134,37 +139,48 @@ class GgufExport:
         """What the file will be. Raises Failed where llama.cpp refuses the model."""
         return predict_gguf(self.source, self.quant, self.overrides, weighed=self.weighed)
 
-    def write(self, out: Path, imatrix: Path | None = None, threads: int | None = None) -> GgufReport:
-        """Writes the file to ``out``, whole or not at all.
+    def write(
+        self, out: Path, imatrix: Path | None = None, threads: int | None = None, split_max: int | None = None
+    ) -> GgufReport:
+        """Writes the file to ``out``, whole or not at all; where it has more than ``split_max`` bytes, its parts.
 
         Raises Failed naming the tensor where weights are not finite or do not fit, or where the file is not what was
         predicted.
         """
-        source, quant = self.source, self.quant
         if imatrix is not None:
             self.check_imatrix(imatrix)
         try:
             for line in self.prediction.fallback_lines():
                 say(line)
-            with written_whole(out) as part:
-                self._write_part(part, imatrix, threads)
-                info = load_metadata(part)
-                self.prediction.check(info)
+            if split_max is None or self.prediction.bytes <= split_max:
+                with written_whole(out) as part:
+                    self._write_checked(part, imatrix, threads)
+            else:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                with _scratch(out) as whole:
+                    self._write_checked(whole, imatrix, threads)
+                    out = split_gguf(whole, out, split_max)[0]
+            info = load_metadata(out)
         except OSError as error:
             raise Failed(f"{out} could not be written: {error.strerror or error}") from error
         return GgufReport(
             path=out,
-            quant=quant,
+            quant=self.quant,
             arch=info.architecture,
             bytes=info.file_bytes,
             sha256=sha256_file(out),
+            parts=info.parts,
             parameters=info.parameters,
-            tokenizer_pre=source.vocabulary.pre,
+            tokenizer_pre=self.source.vocabulary.pre,
             types={tensor.name: tensor.type for tensor in info.tensors},
             fallbacks=self.prediction.fallbacks,
         )
 
-    def _write_part(self, part: Path, imatrix: Path | None, threads: int | None) -> None:
+    def _write_checked(self, part: Path, imatrix: Path | None, threads: int | None) -> None:
+        self._write_whole(part, imatrix, threads)
+        self.prediction.check(load_metadata(part))
+
+    def _write_whole(self, part: Path, imatrix: Path | None, threads: int | None) -> None:
         source, matrices = self.source, self.source.matrices()
         kind = file_type(self.quant, matrices)
         if TYPES[self.quant].plain:
