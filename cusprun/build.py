@@ -25,7 +25,7 @@ from cusprun.checkpoint import load_tokenizer
 from cusprun.corpora.cache import cache_folder
 from cusprun.corpora.selection import read_texts, read_windows
 from cusprun.cut import Cut
-from cusprun.dense import Dense, find_dense
+from cusprun.dense import Dense, find_dense, local_path
 from cusprun.files import sha256_file, written_whole
 from cusprun.preflight import Prepared, model_name, prepare
 from cusprun.progress import say
@@ -154,13 +154,19 @@ class _Build:
             :PROOF_WINDOWS
         ]  # no held-out text: no figure comes of this
 
-    def _metadata(self) -> dict[str, str]:
-        scenario = self.prepared.scenario
-        values = {
-            "license": self.dense.licence,
-            "base_model": self.dense.id,
-            "languages": scenario.language,
-            "tags": ", ".join(["cusprun", *scenario.given().values()]),
+    def _metadata(self) -> dict[str, str | list[str]]:
+        from cusprun.exporters.gguf_card import read_card
+
+        scenario, dense = self.prepared.scenario, self.dense
+        of_hub = local_path(self.recipe.model) is None
+        card, corpora = read_card(dense.folder), self.cut.text.get("corpora", [])
+        values: dict[str, str | list[str] | None] = {
+            **{key: card[key] for key in ("license_name", "license_link") if key in card},
+            "license": dense.licence,
+            "base_model": [dense.id if of_hub else Path(dense.id).name],
+            "languages": [scenario.language] if scenario.language else [],
+            "tags": ["cusprun", *scenario.given().values()],
+            "datasets": sorted({row["entry"] for row in corpora if row["side"] == "calibration" and row["source"]}),
             "cusprun.method": self.recipe.method,
             "cusprun.version": __version__,
         }

@@ -6,7 +6,7 @@ Layers of equal widths go into llama.cpp's architecture ``llama``, layers of the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -70,7 +70,7 @@ def export_gguf(
     quant: str,
     *,
     name: str | None = None,
-    metadata: Mapping[str, str] | None = None,
+    metadata: gguf_metadata.Metadata | None = None,
     imatrix: Path | None = None,
     overrides: Sequence[tuple[str, str]] = (),
     threads: int | None = None,
@@ -102,7 +102,7 @@ class GgufExport:
         quant: str,
         *,
         name: str | None = None,
-        metadata: Mapping[str, str] | None = None,
+        metadata: gguf_metadata.Metadata | None = None,
         overrides: Sequence[tuple[str, str]] = (),
         weighed: bool = False,
     ) -> None:

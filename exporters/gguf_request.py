@@ -9,6 +9,7 @@ from pathlib import Path
 from cusprun.as_llama import as_llama
 from cusprun.errors import InvalidRequest
 from cusprun.exporters.gguf import GgufExport, GgufReport
+from cusprun.exporters.gguf_card import read_card
 from cusprun.exporters.gguf_prediction import Prediction
 from cusprun.exporters.gguf_split import existing_parts, parse_size
 from cusprun.exporters.imatrix import imatrix_of_text
@@ -48,9 +49,13 @@ def export_folder(
             raise InvalidRequest(f"--out {target}: {path} exists; choose another name or remove it")
     folder = as_llama(model)
     export = GgufExport(
-        folder, quant, name=name, overrides=[parse_override(value) for value in tensor_types],
+        folder,
+        quant,
+        name=name,
+        metadata=read_card(model),
+        overrides=[parse_override(value) for value in tensor_types],
         weighed=imatrix is not None or corpus is not None,
-    )  # fmt: skip
+    )
     if imatrix is not None:
         export.check_imatrix(imatrix)
     if dry_run:

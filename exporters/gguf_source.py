@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
@@ -30,7 +29,7 @@ class GgufSource:
     Raises InvalidRequest where the folder's parts are missing, damaged or do not belong together.
     """
 
-    def __init__(self, folder: Path, name: str, metadata: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, name: str, metadata: gguf_metadata.Metadata) -> None:
         self.name, self.metadata = name, metadata
         self.config = read_config(folder)
         self.anatomy: Anatomy = describe(folder)
