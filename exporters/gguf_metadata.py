@@ -10,6 +10,7 @@ from gguf import GGUFWriter, LlamaFileType, RopeScalingType, size_label
 
 from cusprun.anatomy import Anatomy
 from cusprun.errors import InvalidRequest
+from cusprun.exporters.gguf_config import read_number
 from cusprun.exporters.gguf_tensors import Rope
 
 # Keys that ``metadata`` may hold, beside any of one's own that starts with "cusprun.".
@@ -35,9 +36,10 @@ def context_length(config: Mapping[str, Any]) -> int:
 
     llama.cpp's llama attends to everything, so a sliding window (Mistral) ends the context where it starts to slide.
     """
-    longest = int(config.get("max_position_embeddings") or 2048)
-    window = config.get("sliding_window")
-    return min(longest, int(window)) if window else longest
+    longest = int(read_number(config, "max_position_embeddings", 2048))
+    if not config.get("sliding_window"):
+        return longest
+    return min(longest, int(read_number(config, "sliding_window")))
 
 
 def write_sizes(writer: GGUFWriter, anatomy: Anatomy, config: Mapping[str, Any], rope: Rope) -> None:
@@ -58,7 +60,7 @@ def write_sizes(writer: GGUFWriter, anatomy: Anatomy, config: Mapping[str, Any],
     writer.add_key_length(anatomy.head_dim)
     writer.add_value_length(anatomy.head_dim)
     writer.add_rope_dimension_count(anatomy.head_dim)
-    writer.add_layer_norm_rms_eps(float(config.get("rms_norm_eps", 1e-6)))
+    writer.add_layer_norm_rms_eps(float(read_number(config, "rms_norm_eps", 1e-6)))
     writer.add_rope_freq_base(rope.theta)
     if rope.linear_factor is not None:
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)

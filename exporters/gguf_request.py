@@ -10,6 +10,7 @@ from cusprun.as_llama import as_llama
 from cusprun.errors import InvalidRequest
 from cusprun.exporters.gguf import GgufExport, GgufReport
 from cusprun.exporters.gguf_card import read_card
+from cusprun.exporters.gguf_config import check_layers
 from cusprun.exporters.gguf_prediction import Prediction
 from cusprun.exporters.gguf_split import existing_parts, parse_size
 from cusprun.exporters.imatrix import imatrix_of_text
@@ -47,6 +48,7 @@ def export_folder(
     for path in (target, taken, *existing_parts(target)):
         if path is not None and path.exists():
             raise InvalidRequest(f"--out {target}: {path} exists; choose another name or remove it")
+    check_layers(model)
     folder = as_llama(model)
     export = GgufExport(
         folder,

@@ -12,6 +12,7 @@ from cusprun.anatomy import Anatomy, describe, read_config
 from cusprun.checkpoint import Weights
 from cusprun.errors import InvalidRequest
 from cusprun.exporters import gguf_metadata, gguf_tensors, gguf_tokenizer
+from cusprun.exporters.gguf_config import check_layers, read_number
 from cusprun.progress import say
 
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
@@ -31,6 +32,7 @@ class GgufSource:
 
     def __init__(self, folder: Path, name: str, metadata: gguf_metadata.Metadata) -> None:
         self.name, self.metadata = name, metadata
+        check_layers(folder)
         self.config = read_config(folder)
         self.anatomy: Anatomy = describe(folder)
         self.weights = Weights(folder)
@@ -38,9 +40,10 @@ class GgufSource:
         if self.anatomy.head_dim % 2:
             raise InvalidRequest(f"{folder}: a head_dim of {self.anatomy.head_dim} cannot rotate in pairs")
         self.rope = gguf_tensors.read_rope(self.config, self.anatomy.head_dim)
-        self.vocabulary = gguf_tokenizer.read_vocabulary(folder, self.anatomy.vocab_size, self.config)
+        read_number(self.config, "rms_norm_eps", 1e-6)
         context = gguf_metadata.context_length(self.config)
-        if context < int(self.config.get("max_position_embeddings") or context):
+        self.vocabulary = gguf_tokenizer.read_vocabulary(folder, self.anatomy.vocab_size, self.config)
+        if context < read_number(self.config, "max_position_embeddings", context):
             say(f"{folder}: the context is cut to the sliding window of {context} tokens, which llama.cpp cannot slide")
 
     @property
