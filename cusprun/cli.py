@@ -15,7 +15,6 @@ import typer
 from cusprun import __version__, cli_corpora, flags
 from cusprun.errors import Failed, InvalidRequest, reason_of
 from cusprun.flags import Json, print_json
-from cusprun.quants import NAMES, parse_override
 
 app = typer.Typer(
     name="cusprun-edge",
@@ -115,8 +114,11 @@ def _build(given: dict[str, Any], recipe: Path | None, as_json: bool, upto: str)
 @app.command()
 def export(
     model: Annotated[Path, typer.Argument(help="A model folder, dense or compacted.")],
-    out: Annotated[Path, typer.Option(help="The .gguf file to write, or a folder for it.")],
-    quant: Annotated[str, typer.Option(help=f"{NAMES}.")] = "q8_0",
+    out: Annotated[
+        Path, typer.Option(help="The .gguf to write or a folder for it; the ONNX folder; of several types all.")
+    ],
+    format: flags.Format = None,
+    quant: flags.Quant = None,
     name: Annotated[str | None, typer.Option(help="Name in the file; default: the folder's.")] = None,
     imatrix: Annotated[
         Path | None, typer.Option(help="An importance matrix, ours or llama.cpp's, to weigh the rounding by.")
@@ -125,37 +127,39 @@ def export(
         Path | None, typer.Option(help="Text to take an importance matrix of; it is written beside the file.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1024, help="Tokens of that text.")] = 16384,
-    tensor_type: Annotated[list[str] | None, typer.Option(help="Type of single tensors, REGEX=TYPE; repeat.")] = None,
+    tensor_type: flags.TensorType = None,
+    split_max_size: Annotated[
+        str | None, typer.Option(help="Write a larger .gguf in parts of at most this, such as 500M or 2G.")
+    ] = None,
+    block_size: flags.BlockSize = None,
+    zero_points: flags.ZeroPoints = None,
+    output_bits: flags.OutputBits = None,
+    context: Annotated[
+        int | None, typer.Option(help="Positions of an ONNX model; default: the model's, 32768 at most.")
+    ] = None,
+    prove: Annotated[
+        bool, typer.Option("--prove/--no-prove", help="Run each file beside torch before it is named.")
+    ] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written and write nothing.")] = False,
     threads: Threads = None,
     json_: Json = False,
 ) -> None:
-    """Write a model folder as a GGUF file that llama.cpp runs.
+    """Write a model folder for llama.cpp (GGUF) or onnxruntime (ONNX), in as many types as wished.
 
-    Example: cusprun-edge export expert/model --quant q4_0 --corpus contracts.txt --out expert-q4_0.gguf
+    Example: cusprun-edge export expert/model --format gguf,onnx --quant q4_0,int4 --out shipped
     """
-    from cusprun.as_llama import as_llama
-    from cusprun.exporters.gguf import export_gguf
+    from cusprun.exporters.request import Settings, export_model, tell
 
-    name = name or (model.resolve().parent.name if model.name == "model" else model.resolve().name)
-    target = out if out.suffix == ".gguf" else out / f"{name}-{quant}.gguf"
-    if target.exists():
-        raise InvalidRequest(f"--out {target} exists; choose another name or remove it")
-    model = as_llama(model)
-    overrides = [parse_override(value) for value in tensor_type or []]
-    if imatrix and corpus:
-        raise InvalidRequest("--imatrix and --corpus are two ways to the same: give one")
-    if corpus is not None:
-        from cusprun.exporters.imatrix import imatrix_of_text
-
-        imatrix = imatrix_of_text(model, corpus, target.with_suffix(".imatrix"), tokens)
-    report = export_gguf(model, target, quant, name=name, imatrix=imatrix, overrides=overrides, threads=threads)
+    settings = Settings(
+        name=name, imatrix=imatrix, corpus=corpus, tokens=tokens, tensor_types=tensor_type or (),
+        split_max_size=split_max_size, block_size=block_size or 32, zero_points=bool(zero_points),
+        output_bits=output_bits or 8, context=context, threads=threads, prove=prove,
+    )  # fmt: skip
+    found = export_model(model, out, format or (), quant or (), settings, dry_run=dry_run)
     if json_:
-        print_json(
-            {"path": str(report.path), "quant": quant, "arch": report.arch, "bytes": report.bytes,
-             "sha256": report.sha256, "fallbacks": [vars(fallback) for fallback in report.fallbacks]}
-        )  # fmt: skip
+        print_json(tell(found))
     else:
-        typer.echo(f"{report.path}  {report.bytes / 2**20:.1f} MiB  {report.arch}")
+        typer.echo("\n".join(line for one in found for line in one.as_lines()))
 
 
 @app.command()

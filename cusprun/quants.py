@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cusprun.errors import InvalidRequest
-
-# Where a row does not divide into blocks of 256, llama.cpp takes the first for the second (llama-quant.cpp).
-OF_K = {"Q5_0": "Q4_K", "Q5_1": "Q5_K", "Q8_0": "Q6_K"}
 
 
 @dataclass(frozen=True)
@@ -21,8 +17,6 @@ class QuantType:
     plain: bool = False  # written as it is, without llama.cpp's quantizer
     needs_imatrix: bool = False
     block: int = 32  # row length that most of its matrices need
-    stand_ins: Mapping[str, str] = field(default_factory=dict)  # type that is found -> type that was meant
-    output_stand_ins: Mapping[str, str] = field(default_factory=dict)  # the same of the output matrix alone
 
 
 TYPES: dict[str, QuantType] = {
@@ -30,22 +24,17 @@ TYPES: dict[str, QuantType] = {
     "f16": QuantType("MOSTLY_F16", 16, plain=True),
     "bf16": QuantType("MOSTLY_BF16", 16, plain=True),
     "q8_0": QuantType("MOSTLY_Q8_0", 8.5),
-    "q6_k": QuantType("MOSTLY_Q6_K", 6.6, block=256, stand_ins=OF_K),
-    "q5_k_m": QuantType("MOSTLY_Q5_K_M", 5.7, block=256, stand_ins=OF_K),
-    "q5_0": QuantType("MOSTLY_Q5_0", 5.5, output_stand_ins=OF_K),
-    "q4_k_m": QuantType("MOSTLY_Q4_K_M", 5, block=256, stand_ins=OF_K),
-    "q4_1": QuantType("MOSTLY_Q4_1", 5, output_stand_ins=OF_K),
-    "q4_0": QuantType("MOSTLY_Q4_0", 4.5, output_stand_ins=OF_K),
-    "iq4_nl": QuantType("MOSTLY_IQ4_NL", 4.5, stand_ins=OF_K),
-    "iq4_xs": QuantType("MOSTLY_IQ4_XS", 4.3, block=256, stand_ins={**OF_K, "IQ4_NL": "IQ4_XS"}),
-    "iq3_m": QuantType("MOSTLY_IQ3_M", 3.7, block=256, stand_ins={**OF_K, "IQ4_NL": "IQ3_S", "Q4_0": "Q3_K"}),
-    "iq2_m": QuantType(
-        "MOSTLY_IQ2_M",
-        2.7,
-        needs_imatrix=True,
-        block=256,
-        stand_ins={**OF_K, "IQ4_NL": "IQ2_S or IQ3_S", "Q4_0": "Q2_K"},
-    ),
+    "q6_k": QuantType("MOSTLY_Q6_K", 6.6, block=256),
+    "q5_k_m": QuantType("MOSTLY_Q5_K_M", 5.7, block=256),
+    "q5_0": QuantType("MOSTLY_Q5_0", 5.5),
+    "q4_k_m": QuantType("MOSTLY_Q4_K_M", 5, block=256),
+    "q4_1": QuantType("MOSTLY_Q4_1", 5),
+    "q4_0": QuantType("MOSTLY_Q4_0", 4.5),
+    "iq4_nl": QuantType("MOSTLY_IQ4_NL", 4.5),
+    "iq4_xs": QuantType("MOSTLY_IQ4_XS", 4.3, block=256),
+    "iq3_m": QuantType("MOSTLY_IQ3_M", 3.7, block=256),
+    "iq2_m": QuantType("MOSTLY_IQ2_M", 2.7, needs_imatrix=True, block=256),
+    "auto": QuantType("MOSTLY_Q4_K_M", 5, block=256),  # see auto_type; as IQ4_NL where most of it is
 }
 NAMES = " ".join(TYPES)
 # What a single tensor may be.
@@ -53,6 +42,21 @@ OF_TENSORS = (
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "iq3_s",
     "q3_k", "q2_k",
 )  # fmt: skip
+
+
+def auto_type(matrix: str, columns: int) -> str:
+    """The type of a matrix, by its name in a .gguf and the length of its rows, in a file of type ``auto``.
+
+    Four bits of the best kind that the rows divide into: q4_k by 256, iq4_nl by 32, both 4.5 bits a weight. The
+    embedding and the output, which rounding hurts most, get q6_k by 256 and q8_0 by 32. Rows that nothing divides stay
+    f16. So nothing ever falls back.
+    """
+    outer = matrix in ("token_embd.weight", "output.weight")
+    if columns % 256 == 0:
+        return "q6_k" if outer else "q4_k"
+    if columns % 32 == 0:
+        return "q8_0" if outer else "iq4_nl"
+    return "f16"
 
 
 def parse_override(value: str) -> tuple[str, str]:

@@ -27,7 +27,7 @@ WINDOW = 512
 
 Quant = Literal[
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "iq3_m",
-    "iq2_m", "fp32", "fp16", "int8", "int4",
+    "iq2_m", "auto", "fp32", "fp16", "int8", "int4",
 ]  # fmt: skip
 Method = Literal[
     "refit", "cus-prun", "llm-pruner", "llm-pruner-vector", "llm-pruner-element2", "llm-pruner-mix",

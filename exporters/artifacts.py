@@ -16,7 +16,7 @@ from cusprun.checkpoint import load_tokenizer
 from cusprun.corpora.cache import cache_folder
 from cusprun.corpora.selection import read_texts, read_windows
 from cusprun.cut import Cut
-from cusprun.dense import Dense
+from cusprun.dense import Dense, local_path
 from cusprun.files import folder_written_whole, sha256_file, written_whole
 from cusprun.formats import format_of
 from cusprun.preflight import Prepared, model_name
@@ -99,18 +99,25 @@ class Artifacts:
         return path
 
     def _take_imatrix(self, folder: Path, windows: Path, path: Path) -> None:
-        from cusprun.exporters.imatrix import collect_imatrix, write_imatrix
+        from cusprun.exporters.imatrix import collect_imatrix
+        from cusprun.exporters.imatrix_file import write_imatrix
 
         texts = {name: ids[::IMATRIX_STRIDE] for name, ids in read_windows(windows).items()}
         write_imatrix(path, collect_imatrix(folder, texts, self.recipe.device), list(texts))
 
-    def _metadata(self) -> dict[str, str]:
-        scenario = self.prepared.scenario
-        values = {
-            "license": self.dense.licence,
-            "base_model": self.dense.id,
-            "languages": scenario.language,
-            "tags": ", ".join(["cusprun", *scenario.given().values()]),
+    def _metadata(self) -> dict[str, str | list[str]]:
+        from cusprun.exporters.gguf_card import read_card
+
+        scenario, dense = self.prepared.scenario, self.dense
+        of_hub = local_path(self.recipe.model) is None
+        card, corpora = read_card(dense.folder), self.cut.text.get("corpora", [])
+        values: dict[str, str | list[str] | None] = {
+            **{key: card[key] for key in ("license_name", "license_link") if key in card},
+            "license": dense.licence,
+            "base_model": [dense.id if of_hub else Path(dense.id).name],
+            "languages": [scenario.language] if scenario.language else [],
+            "tags": ["cusprun", *scenario.given().values()],
+            "datasets": sorted({row["entry"] for row in corpora if row["side"] == "calibration" and row["source"]}),
             "cusprun.method": self.recipe.method,
             "cusprun.version": __version__,
         }

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gguf import GGUFWriter, LlamaFileType, RopeScalingType, size_label
 
 from cusprun.anatomy import Anatomy
 from cusprun.errors import InvalidRequest
+from cusprun.exporters.gguf_config import read_number
 from cusprun.exporters.gguf_tensors import Rope
 
 # Keys that ``metadata`` may hold, beside any of one's own that starts with "cusprun.".
-GENERAL = ("author", "description", "license", "license_name", "license_link", "organization", "url", "version")
-LISTS = ("languages", "tags")  # written with commas: "en, de"
-BASE = ("base_model", "base_model_url", "base_model_organization")
-DATASETS = ("datasets",)  # names, with commas
+GENERAL = {
+    key: f"general.{key.replace('license_', 'license.')}"
+    for key in ("author", "description", "license", "license_name", "license_link", "organization", "url", "version")
+}
+LISTS = ("languages", "tags")  # lists, or written with commas: "en, de"
+ORIGINS = {  # lists of names, hub ids or addresses: the key they go to, and what a hub id stands below
+    "base_model": ("base_model", "https://huggingface.co"),
+    "datasets": ("dataset", "https://huggingface.co/datasets"),
+}
+Metadata = Mapping[str, str | Sequence[str]]
 
 
 def architecture(anatomy: Anatomy) -> str:
@@ -28,9 +36,10 @@ def context_length(config: Mapping[str, Any]) -> int:
 
     llama.cpp's llama attends to everything, so a sliding window (Mistral) ends the context where it starts to slide.
     """
-    longest = int(config.get("max_position_embeddings") or 2048)
-    window = config.get("sliding_window")
-    return min(longest, int(window)) if window else longest
+    longest = int(read_number(config, "max_position_embeddings", 2048))
+    if not config.get("sliding_window"):
+        return longest
+    return min(longest, int(read_number(config, "sliding_window")))
 
 
 def write_sizes(writer: GGUFWriter, anatomy: Anatomy, config: Mapping[str, Any], rope: Rope) -> None:
@@ -51,16 +60,14 @@ def write_sizes(writer: GGUFWriter, anatomy: Anatomy, config: Mapping[str, Any],
     writer.add_key_length(anatomy.head_dim)
     writer.add_value_length(anatomy.head_dim)
     writer.add_rope_dimension_count(anatomy.head_dim)
-    writer.add_layer_norm_rms_eps(float(config.get("rms_norm_eps", 1e-6)))
+    writer.add_layer_norm_rms_eps(float(read_number(config, "rms_norm_eps", 1e-6)))
     writer.add_rope_freq_base(rope.theta)
     if rope.linear_factor is not None:
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope.linear_factor)
 
 
-def write_general(
-    writer: GGUFWriter, name: str, parameters: int, file_type: LlamaFileType, metadata: Mapping[str, str]
-) -> None:
+def write_general(writer: GGUFWriter, name: str, parameters: int, file_type: LlamaFileType, metadata: Metadata) -> None:
     """Adds general.*: name, type, size label, and what ``metadata`` says of licence, base model, languages and tags."""
     writer.add_type("model")
     writer.add_name(name)
@@ -68,31 +75,41 @@ def write_general(
     writer.add_file_type(file_type)
     writer.add_quantization_version(2)
     for key, value in metadata.items():
-        if key in GENERAL:
-            writer.add_string(f"general.{key}", value)
+        if key in GENERAL or key.startswith("cusprun."):
+            text = value if isinstance(value, str) else ", ".join(value)
+            writer.add_string(GENERAL.get(key, key), text)
         elif key in LISTS:
             writer.add_array(f"general.{key}", _split(value))
-        elif key.startswith("cusprun."):
-            writer.add_string(key, value)
-    if "base_model" in metadata:
-        writer.add_base_model_count(1)
-        writer.add_base_model_name(0, metadata["base_model"])
-        writer.add_base_model_organization(0, metadata.get("base_model_organization", ""))
-        writer.add_base_model_repo_url(0, metadata.get("base_model_url", ""))
-    datasets = _split(metadata.get("datasets", ""))
-    if datasets:
-        writer.add_dataset_count(len(datasets))
-        for index, dataset in enumerate(datasets):
-            writer.add_dataset_name(index, dataset)
+    for key, (name_of, hub) in ORIGINS.items():
+        origins = _split(metadata.get(key, ""))
+        if origins:
+            writer.add_uint32(f"general.{name_of}.count", len(origins))
+        for index, origin in enumerate(origins):
+            for field, text in _origin(origin, hub).items():
+                writer.add_string(f"general.{name_of}.{index}.{field}", text)
 
 
-def check_metadata(metadata: Mapping[str, str]) -> None:
+def _origin(identity: str, hub: str) -> dict[str, str]:
+    """Name, organization and repo_url of a hub id, owner/name, or of its address below ``hub``; of others their name.
+
+    What is not known is not written.
+    """
+    inner = identity.removeprefix(f"{hub}/")
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", inner):
+        owner, _, name = inner.partition("/")
+        return {"name": name, "organization": owner, "repo_url": f"{hub}/{inner}"}
+    if re.match(r"https?://", identity):
+        return {"name": identity.rstrip("/").rpartition("/")[2], "repo_url": identity}
+    return {"name": identity}
+
+
+def check_metadata(metadata: Metadata) -> None:
     """Raises InvalidRequest for a key that no GGUF reader knows."""
-    known = (*GENERAL, *LISTS, *BASE, *DATASETS)
+    known = (*GENERAL, *LISTS, *ORIGINS)
     wrong = [key for key in metadata if key not in known and not key.startswith("cusprun.")]
     if wrong:
         raise InvalidRequest(f"metadata key {wrong[0]!r} is unknown: write one of {', '.join(known)}, or cusprun.<key>")
 
 
-def _split(value: str) -> list[str]:
-    return [part.strip() for part in value.split(",") if part.strip()]
+def _split(value: str | Sequence[str]) -> list[str]:
+    return list(value) if not isinstance(value, str) else [part.strip() for part in value.split(",") if part.strip()]

@@ -13,6 +13,7 @@ import torch
 from cusprun.anatomy import Anatomy
 from cusprun.checkpoint import Weights
 from cusprun.errors import Failed, InvalidRequest
+from cusprun.exporters.gguf_config import read_number
 
 BLOCK_NAMES = {
     "input_layernorm": "attn_norm",
@@ -117,27 +118,27 @@ def read_rope(config: dict[str, Any], head_dim: int) -> Rope:
 
     Raises InvalidRequest for scalings that this export does not write.
     """
-    settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = float(settings.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    if float(settings.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
+    settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(settings, dict):
+        raise InvalidRequest(f"config.json: rope_parameters must be a mapping, not {settings!r:.60}")
+    theta = float(read_number(settings, "rope_theta", read_number(config, "rope_theta", 10000.0)))
+    rotated = read_number(config, "partial_rotary_factor", 1.0)
+    if read_number(settings, "partial_rotary_factor", rotated) != 1.0:
         raise InvalidRequest("config.json has a partial_rotary_factor: llama.cpp's llama rotates whole heads only")
     kind = settings.get("rope_type") or settings.get("type") or "default"
     if kind == "default":
         return Rope(theta, None, None)
-    try:
-        if kind == "linear":
-            return Rope(theta, float(settings["factor"]), None)
-        if kind == "llama3":
-            return Rope(theta, None, _llama3_divisors(settings, theta, head_dim))
-    except KeyError as error:
-        raise InvalidRequest(f"config.json has rope scaling {kind!r} without {error}") from error
+    if kind == "linear":
+        return Rope(theta, float(read_number(settings, "factor")), None)
+    if kind == "llama3":
+        return Rope(theta, None, _llama3_divisors(settings, theta, head_dim))
     raise InvalidRequest(f"rope scaling {kind!r} is not exported to GGUF; default, linear and llama3 are")
 
 
 def _llama3_divisors(settings: dict[str, Any], theta: float, head_dim: int) -> np.ndarray:
     """Divisor of each pair's frequency, as transformers' ``_compute_llama3_parameters`` scales them."""
-    factor, low, high = (float(settings[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    context = float(settings["original_max_position_embeddings"])
+    factor, low, high = (read_number(settings, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    context = read_number(settings, "original_max_position_embeddings")
     frequencies = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     wavelengths = 2 * np.pi / frequencies
     smooth = (context / wavelengths - low) / (high - low)

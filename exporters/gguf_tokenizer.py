@@ -86,7 +86,7 @@ def read_vocabulary(folder: Path, rows: int, config: Mapping[str, Any]) -> Vocab
         identity = getattr(tokenizer, f"{kind}_token_id")
         if identity is not None and identity < rows:
             special.special_token_ids[kind] = identity
-    _add_end_of_turn(folder, special)
+    _add_end_of_turn(folder, special, rows)
     return Vocabulary(
         model="llama" if sentencepiece else "gpt2",
         pre="default" if sentencepiece else _pre_name(folder, state, config),
@@ -144,9 +144,9 @@ def _tokens(folder: Path, state: dict[str, Any], rows: int) -> tuple[tuple[str, 
 
 
 def _pre_name(folder: Path, state: dict[str, Any], config: Mapping[str, Any]) -> str:
-    named = (config.get("cusprun") or {}).get("tokenizer_pre")
-    if named:
-        return str(named)
+    noted = config.get("cusprun")
+    if isinstance(noted, dict) and noted.get("tokenizer_pre"):
+        return str(noted["tokenizer_pre"])
     steps = tuple(_steps(state.get("pre_tokenizer")))
     names = PRE_TOKENIZERS.get(steps, {})
     name = names.get(bool(state["model"].get("ignore_merges")))
@@ -201,7 +201,7 @@ def _pair(merge: Any) -> list[str]:
     return pair
 
 
-def _add_end_of_turn(folder: Path, special: SpecialVocab) -> None:
+def _add_end_of_turn(folder: Path, special: SpecialVocab, rows: int) -> None:
     """The first end token of generation_config.json beside the tokenizer's own becomes the end of turn."""
     path = folder / "generation_config.json"
     if not path.is_file():
@@ -210,6 +210,9 @@ def _add_end_of_turn(folder: Path, special: SpecialVocab) -> None:
         ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
     except (ValueError, AttributeError) as error:
         raise InvalidRequest(f"{path} is not a JSON object: {error}") from error
-    others = [end for end in (ends if isinstance(ends, list) else []) if end != special.special_token_ids.get("eos")]
+    given = ends if isinstance(ends, list) else []
+    if wrong := [end for end in given if not isinstance(end, int) or not 0 <= end < rows]:
+        raise InvalidRequest(f"{path}: eos_token_id holds {wrong[0]!r:.60}, which is no token of this model")
+    others = [end for end in given if end != special.special_token_ids.get("eos")]
     if others and "eot" not in special.special_token_ids:
         special.special_token_ids["eot"] = others[0]

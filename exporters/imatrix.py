@@ -5,12 +5,10 @@ The file is llama.cpp's own: a GGUF of type ``imatrix`` with Σ x² and the coun
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
 
@@ -21,26 +19,12 @@ from cusprun.corpora.own import read_own
 from cusprun.corpora.packing import pack_windows
 from cusprun.errors import InvalidRequest
 from cusprun.exporters.gguf_tensors import gguf_name
-from cusprun.files import written_whole
+from cusprun.exporters.imatrix_file import Imatrix, write_imatrix
 from cusprun.layerwise import LayerwiseModel, check_window
 from cusprun.progress import track
 
-SUMS, COUNTS = ".in_sum2", ".counts"
 BATCH_TOKENS = 2048
 WINDOW = 512
-
-
-@dataclass(frozen=True)
-class Imatrix:
-    """Σ x² over ``tokens`` tokens by input column, (columns,) float64, for each matrix by its name in a .gguf."""
-
-    sums: Mapping[str, np.ndarray]
-    tokens: int
-    window: int
-
-    def means(self) -> dict[str, np.ndarray]:
-        """E[x²] by column, (columns,) float32."""
-        return {name: (values / self.tokens).astype(np.float32) for name, values in self.sums.items()}
 
 
 @torch.no_grad()
@@ -98,41 +82,3 @@ def imatrix_of_text(model_dir: Path, corpus: Path, path: Path, tokens: int) -> P
     windows = pack_windows(documents, load_tokenizer(model_dir), tokens, WINDOW, seed=0)
     write_imatrix(path, collect_imatrix(model_dir, {corpus.name: windows}), [corpus.name])
     return path
-
-
-def write_imatrix(path: Path, found: Imatrix, texts: Sequence[str]) -> None:
-    """Writes llama.cpp's file, whole or not at all; ``texts`` names what it was taken of."""
-    with written_whole(path) as part:
-        writer = gguf.GGUFWriter(part, "imatrix")
-        writer.add_type("imatrix")
-        writer.add_array("imatrix.datasets", list(texts))
-        writer.add_uint32("imatrix.chunk_count", found.tokens // found.window)
-        writer.add_uint32("imatrix.chunk_size", found.window)
-        for name, values in found.sums.items():
-            writer.add_tensor(name + SUMS, values.astype(np.float32).reshape(1, -1))
-            writer.add_tensor(name + COUNTS, np.full((1, 1), found.tokens, dtype=np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-
-
-def read_imatrix(path: Path) -> dict[str, np.ndarray]:
-    """E[x²] by column, (columns,) float32, by matrix, from a file of llama.cpp's or ours.
-
-    Raises InvalidRequest where it is no importance matrix.
-    """
-    try:
-        reader = gguf.GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise InvalidRequest(f"{path} is no importance matrix in GGUF form: {error}") from error
-    tensors = {tensor.name: np.asarray(tensor.data, dtype=np.float32).reshape(-1) for tensor in reader.tensors}
-    found = {}
-    for name in (name.removesuffix(SUMS) for name in tensors if name.endswith(SUMS)):
-        sums, counts = tensors[name + SUMS], tensors.get(name + COUNTS)
-        if counts is None or counts.size != 1 or not float(counts[0]) > 0 or not np.isfinite(sums).all():
-            raise InvalidRequest(f"{path}: {name} has no count of tokens, or sums that are no numbers")
-        found[name] = sums / float(counts[0])
-    if not found:
-        raise InvalidRequest(f"{path} holds no importance matrix: it needs tensors called *{SUMS}")
-    return found

@@ -6,7 +6,7 @@ are read, put into their type and written one matrix at a time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,27 @@ SMALL = 1024  # bytes up to which a constant stays in the graph
 
 
 @dataclass(frozen=True)
+class OnnxPrediction:
+    """What a folder will be: ``bytes`` are those of the weights; graph and tokenizer come on top."""
+
+    quant: str
+    bytes: int
+    parameters: int
+    context: int
+    settings: dict[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """What `cusprun-edge export --dry-run --json` prints."""
+        return {**asdict(self), "format": "onnx"}
+
+    def as_lines(self) -> list[str]:
+        """What `cusprun-edge export --dry-run` prints."""
+        told = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in self.settings.items())
+        size = f"{self.bytes} bytes ({self.bytes / 2**20:.1f} MiB) of weights"
+        return [f"{self.quant}  {size}  ONNX, context {self.context}" + (f", {told}" if told else "")]
+
+
+@dataclass(frozen=True)
 class OnnxReport:
     """What was written."""
 
@@ -39,58 +60,84 @@ class OnnxReport:
     context: int
     settings: dict[str, Any] = field(default_factory=dict)  # block size and the like, where the type has such
 
+    def as_json(self) -> dict[str, Any]:
+        """What `cusprun-edge export --json` prints."""
+        return {**asdict(self), "path": str(self.path), "format": "onnx"}
 
-def export_onnx(
-    model_dir: Path,
-    out: Path,
-    quant: str,
-    *,
-    name: str | None = None,
-    context: int | None = None,
-    block_size: int = 32,
-    symmetric: bool = True,
-    output_bits: int = 8,
-) -> OnnxReport:
-    """Writes the model folder ``model_dir`` to the folder ``out`` as ``quant``, one of cusprun.onnx_types.TYPES.
+    def as_lines(self) -> list[str]:
+        """What `cusprun-edge export` prints."""
+        return [f"{self.path}  {self.bytes / 2**20:.1f} MiB  onnx"]
 
-    ``context`` is the number of positions that can be used (default: the model's own, 32,768 at most). Of int4 only:
-    ``block_size`` weights share a scale; without ``symmetric`` they share a fitted zero point too; ``output_bits`` is
-    the width of the output layer. ``out`` appears whole or not at all. Raises InvalidRequest where the request or the
-    folder makes no sense, Failed naming the tensor where weights are not finite or do not fit.
+
+def export_onnx(model_dir: Path, out: Path, quant: str, **settings: Any) -> OnnxReport:
+    """Writes the model folder ``model_dir`` to the folder ``out``; the rest is :class:`OnnxExport`'s."""
+    return OnnxExport(model_dir, quant, **settings).write(out)
+
+
+class OnnxExport:
+    """A request for one folder that was checked in all that needs no work.
+
+    ``quant`` is one of cusprun.onnx_types.TYPES, ``context`` the number of positions that can be used (default: the
+    model's own, 32,768 at most). Of int4 only: ``block_size`` weights share a scale; without ``symmetric`` they share a
+    fitted zero point too; ``output_bits`` is the width of the output layer. Raises InvalidRequest where the request or
+    the folder makes no sense.
     """
-    if quant not in TYPES:
-        raise InvalidRequest(f"ONNX type {quant!r} is unknown: write one of {NAMES}")
-    for label, value, known in (("block size", block_size, BLOCK_SIZES), ("output bits", output_bits, OUTPUT_BITS)):
-        if value not in known:
-            raise InvalidRequest(f"{label} {value} is not written: take one of {', '.join(map(str, known))}")
-    anatomy, weights = describe(model_dir), Weights(model_dir)
-    weights.check(anatomy)
-    source = Source(weights, np.dtype(TYPES[quant].compute))
-    multiplies: Multiplies
-    settings: dict[str, Any] = {}
-    if TYPES[quant].weight == "blocks":
-        multiplies = Blocks(source, 4, block_size, k_quant=not symmetric, output_bits=output_bits)
-        settings = {"block_size": block_size, "symmetric": symmetric, "output_bits": output_bits}
-    else:
-        multiplies = Dynamic(source) if TYPES[quant].weight == "dynamic" else Float(source)
-    decoder = _decoder(model_dir, anatomy, context)
-    model = build_model(decoder, source, multiplies)
-    positions = len(decoder.cosines)
-    try:
-        with folder_written_whole(out) as part:
-            ir.save(model, part / GRAPH, external_data=DATA, size_threshold_bytes=SMALL)
-            write_beside(model_dir, part, anatomy, positions, name or model_dir.resolve().name, quant)
-    except OSError as error:
-        raise Failed(f"{out} could not be written: {error.strerror or error}") from error
-    return OnnxReport(
-        path=out,
-        quant=quant,
-        bytes=sum(file.stat().st_size for file in out.iterdir()),
-        sha256=sha256_tree(out),
-        parameters=anatomy.parameters,
-        context=positions,
-        settings=settings,
-    )
+
+    def __init__(
+        self,
+        model_dir: Path,
+        quant: str,
+        *,
+        name: str | None = None,
+        context: int | None = None,
+        block_size: int = 32,
+        symmetric: bool = True,
+        output_bits: int = 8,
+    ) -> None:
+        if quant not in TYPES:
+            raise InvalidRequest(f"ONNX type {quant!r} is unknown: write one of {NAMES}")
+        for label, value, known in (("block size", block_size, BLOCK_SIZES), ("output bits", output_bits, OUTPUT_BITS)):
+            if value not in known:
+                raise InvalidRequest(f"{label} {value} is not written: take one of {', '.join(map(str, known))}")
+        self.model_dir, self.quant, self.name = model_dir, quant, name or model_dir.resolve().name
+        self.anatomy, weights = describe(model_dir), Weights(model_dir)
+        weights.check(self.anatomy)
+        source = Source(weights, np.dtype(TYPES[quant].compute))
+        multiplies: Multiplies
+        self.settings: dict[str, Any] = {}
+        if TYPES[quant].weight == "blocks":
+            multiplies = Blocks(source, 4, block_size, k_quant=not symmetric, output_bits=output_bits)
+            self.settings = {"block_size": block_size, "symmetric": symmetric, "output_bits": output_bits}
+        else:
+            multiplies = Dynamic(source) if TYPES[quant].weight == "dynamic" else Float(source)
+        decoder = _decoder(model_dir, self.anatomy, context)
+        self.positions = len(decoder.cosines)
+        self._model = build_model(decoder, source, multiplies)
+
+    @property
+    def prediction(self) -> OnnxPrediction:
+        """What the folder will be."""
+        tensors = [value.const_value for value in self._model.graph.initializers.values()]
+        size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return OnnxPrediction(self.quant, size, self.anatomy.parameters, self.positions, self.settings)
+
+    def write(self, out: Path) -> OnnxReport:
+        """Writes the folder, whole or not at all. Raises Failed naming a tensor that is not finite or does not fit."""
+        try:
+            with folder_written_whole(out) as part:
+                ir.save(self._model, part / GRAPH, external_data=DATA, size_threshold_bytes=SMALL)
+                write_beside(self.model_dir, part, self.anatomy, self.positions, self.name, self.quant)
+        except OSError as error:
+            raise Failed(f"{out} could not be written: {error.strerror or error}") from error
+        return OnnxReport(
+            path=out,
+            quant=self.quant,
+            bytes=sum(file.stat().st_size for file in out.iterdir()),
+            sha256=sha256_tree(out),
+            parameters=self.anatomy.parameters,
+            context=self.positions,
+            settings=self.settings,
+        )
 
 
 def _decoder(folder: Path, anatomy: Anatomy, context: int | None) -> Decoder:

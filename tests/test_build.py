@@ -81,7 +81,11 @@ def test_expert_json(expert: Path) -> None:
     assert artifact["bytes"] == path.stat().st_size
     assert artifact["proof"]["top1_agreement"] >= 0.999
     assert artifact["proof"]["kld_mean"] <= 1e-4
-    assert load_metadata(path).parameters == anatomy.parameters
+    info = load_metadata(path)
+    assert info.parameters == anatomy.parameters
+    assert info.metadata["general.base_model.0.name"] == card["base"]["id"].rpartition("/")[2]
+    assert "general.base_model.0.repo_url" not in info.metadata  # a folder, of no hub
+    assert info.metadata["general.tags"][0] == "cusprun"
     assert card["figures"]["parameters"]["ratio"] == pytest.approx(0.7, abs=0.01)
 
 

@@ -7,6 +7,7 @@ first. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from collections import Counter
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class TensorInfo:
     name: str
     shape: tuple[int, ...]
     type: str  # F32, F16, Q8_0, ...
-    offset: int  # bytes from the start of the data
+    offset: int  # bytes from the start of its file's data
     bytes: int
 
 
@@ -44,7 +45,7 @@ class GgufInfo:
     architecture: str
     name: str | None
     quant: str  # general.file_type in lower case: f32, q8_0, q4_k_m, ...
-    file_bytes: int
+    file_bytes: int  # of all parts
     parameters: int
     vocab_size: int
     hidden_size: int
@@ -54,6 +55,7 @@ class GgufInfo:
     tied: bool
     tensors: tuple[TensorInfo, ...]
     metadata: dict[str, Any]  # long arrays are replaced by their length
+    parts: tuple[Path, ...]  # the file, or every file of one that is split
 
     @property
     def types(self) -> dict[str, int]:
@@ -71,7 +73,49 @@ class GgufInfo:
 
 
 def load_metadata(path: Path) -> GgufInfo:
-    """The header of ``path``; raises InvalidRequest where it is no GGUF file, Failed where it is a damaged one."""
+    """The header of ``path``, of a split file's first part those of all parts together.
+
+    Raises InvalidRequest where it is no GGUF file or another part than the first, Failed where it is a damaged one or
+    a part is missing.
+    """
+    metadata, tensors, size = _read_part(path)
+    parts = [path]
+    for part in _other_parts(path, metadata):
+        if not part.is_file():
+            raise Failed(f"{path} is one part of a split file, and {part} is missing")
+        _, more, more_size = _read_part(part)
+        tensors, size = tensors + more, size + more_size
+        parts.append(part)
+    if len(parts) > 1 and len({tensor.name for tensor in tensors}) != metadata.get("split.tensors.count"):
+        raise Failed(
+            f"{path}: the parts of this split file do not belong together: their tensors are not those it counts"
+        )
+    return _describe(path, size, metadata, tensors, tuple(parts))
+
+
+def part_path(whole: Path, index: int, count: int) -> Path:
+    """The name of a part, from 0, of a file that is split, as llama.cpp's gguf-split gives it."""
+    return whole.with_name(f"{whole.stem}-{index + 1:05d}-of-{count:05d}.gguf")
+
+
+def _other_parts(path: Path, metadata: dict[str, Any]) -> list[Path]:
+    """The parts behind the first, none where the file is not split."""
+    number, count = metadata.get("split.no", 0), metadata.get("split.count", 0)
+    if count in (0, 1):
+        return []
+    named = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})", path.stem)
+    if named is None or (int(named[2]) - 1, int(named[3])) != (number, count):
+        raise Failed(f"{path} is part {number!r} of {count!r} by its header and not by its name: give it its name back")
+    whole = path.with_name(f"{named[1]}.gguf")
+    if number != 0:
+        raise InvalidRequest(
+            f"{path} is part {number + 1} of a split file: name the first, {part_path(whole, 0, count)}"
+        )
+    return [part_path(whole, index, count) for index in range(1, count)]
+
+
+def _read_part(path: Path) -> tuple[dict[str, Any], tuple[TensorInfo, ...], int]:
+    """Metadata, tensors and size of one file."""
     if not path.is_file():
         raise InvalidRequest(f"{path} is not a file")
     size = path.stat().st_size
@@ -80,13 +124,19 @@ def load_metadata(path: Path) -> GgufInfo:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data[:4] != b"GGUF":
             raise InvalidRequest(f"{path} is not a GGUF file: it starts with {data[:4]!r}, not with b'GGUF'")
-        reader = _Reader(path, data)
-        metadata, tensors, start = reader.header()
+        metadata, tensors, start, _ = _Reader(path, data).header()
     for tensor in tensors:
         end = start + tensor.offset + tensor.bytes
         if end > size:
             raise Failed(f"{path} is truncated: tensor {tensor.name} ends at byte {end} and the file has {size}")
-    return _describe(path, size, metadata, tensors)
+    return metadata, tensors, size
+
+
+def read_layout(path: Path) -> tuple[int, range, tuple[TensorInfo, ...], int]:
+    """Of a whole GGUF file: entries of metadata, the bytes they lie in, the tensors, where their data starts."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        metadata, tensors, start, end = _Reader(path, data).header()
+    return len(metadata), range(24, end), tensors, start
 
 
 class _Reader:
@@ -96,7 +146,8 @@ class _Reader:
         self._path, self._data, self._at = path, data, 4
         self._where = "the header"
 
-    def header(self) -> tuple[dict[str, Any], tuple[TensorInfo, ...], int]:
+    def header(self) -> tuple[dict[str, Any], tuple[TensorInfo, ...], int, int]:
+        """Metadata, tensors, where the tensors' data starts and where the metadata ends."""
         version = self._scalar("<I")
         if version not in VERSIONS:
             raise InvalidRequest(f"{self._path} is GGUF version {version}; versions 2 and 3 (little endian) are read")
@@ -108,6 +159,7 @@ class _Reader:
             key = self._string()
             self._where = f"metadata key {key}"
             metadata[key] = self._value(self._scalar("<I"))
+        end = self._at
         tensors = tuple(self._tensor(index) for index in range(n_tensors))
         names = Counter(tensor.name for tensor in tensors)
         doubled = [name for name, count in names.items() if count > 1]
@@ -116,7 +168,7 @@ class _Reader:
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise self._damaged(f"has general.alignment {alignment!r}, which is no power of two")
-        return metadata, tensors, -(-self._at // alignment) * alignment
+        return metadata, tensors, -(-self._at // alignment) * alignment, end
 
     def _tensor(self, index: int) -> TensorInfo:
         self._where = f"tensor {index}"
@@ -185,7 +237,9 @@ class _Reader:
         return Failed(f"{self._path} is a damaged GGUF file: {self._where} {what}")
 
 
-def _describe(path: Path, size: int, metadata: dict[str, Any], tensors: tuple[TensorInfo, ...]) -> GgufInfo:
+def _describe(
+    path: Path, size: int, metadata: dict[str, Any], tensors: tuple[TensorInfo, ...], parts: tuple[Path, ...]
+) -> GgufInfo:
     arch = metadata.get("general.architecture")
     if not isinstance(arch, str):
         raise Failed(f"{path} has no general.architecture: it holds no model")
@@ -217,7 +271,7 @@ def _describe(path: Path, size: int, metadata: dict[str, Any], tensors: tuple[Te
     by_name = {tensor.name: tensor for tensor in tensors}
     embedding = by_name.get("token_embd.weight")
     if embedding is None:
-        raise Failed(f"{path} has no tensor token_embd.weight: it holds no whole model (one part of a split file?)")
+        raise Failed(f"{path} has no tensor token_embd.weight: it holds no whole model")
     quants = {entry.value: entry.name.removeprefix("MOSTLY_").removeprefix("ALL_").lower() for entry in LlamaFileType}
     return GgufInfo(
         path=path,
@@ -234,4 +288,5 @@ def _describe(path: Path, size: int, metadata: dict[str, Any], tensors: tuple[Te
         tied="output.weight" not in by_name,
         tensors=tensors,
         metadata=metadata,
+        parts=parts,
     )

@@ -205,7 +205,8 @@ def test_failed_quantization_leaves_the_old_file(folder: Path, tmp_path: Path) -
 def test_disk_that_takes_no_more(folder: Path, tmp_path: Path, quant: str) -> None:
     out = tmp_path / "out"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    size = export_gguf(folder, tmp_path / "whole.gguf", "f16").bytes  # what the dry run needs
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000 if quant == "f16" else size, limits[1]))
     try:
         with pytest.raises(Failed, match=r"x\.gguf could not be written"):
             export_gguf(folder, out / "x.gguf", quant)
@@ -221,7 +222,7 @@ def test_output_where_a_file_is_in_the_way(folder: Path, tmp_path: Path) -> None
 
 
 def test_every_quant_is_what_it_says(folder: Path, tmp_path: Path) -> None:
-    for quant in (name for name, kind in TYPES.items() if not kind.needs_imatrix):
+    for quant in (name for name, kind in TYPES.items() if not kind.needs_imatrix and name != "auto"):
         report = export_gguf(folder, tmp_path / f"{quant}.gguf", quant)
         assert load_metadata(report.path).quant == quant
 

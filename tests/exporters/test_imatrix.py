@@ -12,7 +12,8 @@ import torch
 from cusprun.checkpoint import load_model
 from cusprun.errors import InvalidRequest
 from cusprun.exporters.gguf import export_gguf
-from cusprun.exporters.imatrix import COUNTS, SUMS, collect_imatrix, read_imatrix, write_imatrix
+from cusprun.exporters.imatrix import collect_imatrix
+from cusprun.exporters.imatrix_file import COUNTS, SUMS, read_imatrix, write_imatrix
 from cusprun.exporters.proof import prove_gguf
 from tests.exporters.models import make, windows
 

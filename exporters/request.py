@@ -1,0 +1,206 @@
+"""What `cusprun-edge export` asks for: a model folder in any number of types, of GGUF and of ONNX, each file proved."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cusprun.as_llama import as_llama
+from cusprun.checkpoint import load_tokenizer
+from cusprun.errors import InvalidRequest
+from cusprun.exporters.gguf import GgufReport
+from cusprun.exporters.gguf_prediction import Prediction
+from cusprun.exporters.gguf_request import export_folder
+from cusprun.exporters.onnx import OnnxExport, OnnxPrediction, OnnxReport
+from cusprun.exporters.proof import HARD_STRINGS, Proof, prove_gguf, prove_onnx
+from cusprun.files import aside
+from cusprun.formats import format_of, resolve
+from cusprun.onnx_types import TYPES as ONNX_TYPES
+from cusprun.quants import is_weighed
+
+PROOF_TOKENS = 256  # of each window
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that is not the same for every export; see the flags of `cusprun-edge export`."""
+
+    name: str | None = None
+    imatrix: Path | None = None
+    corpus: Path | None = None
+    tokens: int = 16384
+    tensor_types: Sequence[str] = ()
+    split_max_size: str | None = None
+    block_size: int = 32
+    zero_points: bool = False
+    output_bits: int = 8
+    context: int | None = None
+    threads: int | None = None
+    prove: bool = True
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One artifact with the proof that it is the model, None where none was wanted."""
+
+    report: GgufReport | OnnxReport
+    proof: Proof | None
+
+    def as_json(self) -> dict[str, Any]:
+        """What `cusprun-edge export --json` prints."""
+        return {**self.report.as_json(), "proof": self.proof.as_dict() if self.proof else None}
+
+    def as_lines(self) -> list[str]:
+        """What `cusprun-edge export` prints."""
+        lines = self.report.as_lines()
+        if self.proof is not None:
+            proof = self.proof
+            lines.append(
+                f"  against torch on {proof.tokens} tokens: the same first choice {proof.top1_agreement:.1%}, "
+                f"KL divergence {proof.kld_mean:.2g} nats"
+            )
+        return lines
+
+
+Planned = Prediction | OnnxPrediction
+
+
+def export_model(
+    model: Path, out: Path, formats: Sequence[str], types: Sequence[str], settings: Settings, *, dry_run: bool = False
+) -> list[Exported] | list[Planned]:
+    """Writes the model folder ``model`` in every type that ``formats`` and ``types`` come to.
+
+    One type goes to ``out`` itself: a .gguf or a folder for it, or the ONNX folder. Several go below it, each .gguf
+    under its name and each ONNX folder under its type. Everything is checked before anything is written; each artifact
+    is run by its own runtime beside torch before it gets its name. With ``dry_run`` nothing is written and what would
+    be is returned. Raises InvalidRequest where something makes no sense or is in the way, Failed where an artifact is
+    not the model.
+    """
+    quants = resolve(formats, types)
+    several = len(quants) > 1
+    if several and out.suffix == ".gguf":
+        raise InvalidRequest(f"--out {out} is one file and {len(quants)} types were asked for: name a folder")
+    if settings.imatrix is not None and settings.corpus is not None:
+        raise InvalidRequest("--imatrix and --corpus are two ways to the same: give one")
+    _check_flags(quants, settings)
+    planned = [_plan(model, out, quant, several, settings) for quant in quants]
+    if dry_run:
+        return [plan for plan, _ in planned]
+    found: list[Exported] = []
+    matrix: Path | None = None
+    for quant, (_, write) in zip(quants, planned, strict=True):
+        found.append(write(matrix))
+        if matrix is None and several and settings.corpus is not None and format_of(quant) == "gguf":
+            taken = Path(found[-1].report.path).with_suffix(".imatrix")
+            matrix = taken if taken.is_file() else None
+    return found
+
+
+def _check_flags(quants: Sequence[str], settings: Settings) -> None:
+    """Raises InvalidRequest for flags that no type of the request has a use for."""
+    gguf = [quant for quant in quants if format_of(quant) == "gguf"]
+    weighed = [quant for quant in gguf if is_weighed(quant)]
+    given = {
+        "--tensor-type": (settings.tensor_types, gguf, "a type of GGUF"),
+        "--split-max-size": (settings.split_max_size, gguf, "a type of GGUF"),
+        "--imatrix": (settings.imatrix, weighed, "a type of GGUF below eight bits"),
+        "--corpus": (settings.corpus, weighed, "a type of GGUF below eight bits"),
+        "--block-size": (settings.block_size != 32, "int4" in quants, "int4"),
+        "--zero-points": (settings.zero_points, "int4" in quants, "int4"),
+        "--output-bits": (settings.output_bits != 8, "int4" in quants, "int4"),
+        "--context": (settings.context, len(gguf) < len(quants), "a type of ONNX"),
+    }
+    for flag, (value, used, wanted) in given.items():
+        several = len(quants) > 1
+        if value and not used and (several or format_of(quants[0]) == "onnx" or flag not in ("--imatrix", "--corpus")):
+            raise InvalidRequest(f"{flag} changes nothing in {', '.join(quants)}: it is for {wanted}")
+
+
+def _plan(
+    model: Path, out: Path, quant: str, several: bool, settings: Settings
+) -> tuple[Planned, Callable[[Path | None], Exported]]:
+    """What the export in one type will be, and what writes it, given the importance matrix of another before it."""
+    if format_of(quant) == "onnx":
+        target = out / quant if several else out
+        if target.exists():
+            raise InvalidRequest(f"--out {target} exists; choose another name or remove it")
+        of_blocks = ONNX_TYPES[quant].weight == "blocks"
+        export = OnnxExport(
+            as_llama(model), quant, name=_name(model, settings), context=settings.context,
+            block_size=settings.block_size if of_blocks else 32, symmetric=not settings.zero_points,
+            output_bits=settings.output_bits,
+        )  # fmt: skip
+        return export.prediction, lambda _: _write_onnx(export, target, settings)
+    target = out if out.suffix == ".gguf" else out / f"{_name(model, settings)}-{quant}.gguf"
+    if several and not is_weighed(quant):
+        settings = replace(settings, imatrix=None, corpus=None)
+    plan = _gguf(model, target, quant, settings, dry_run=True)
+    assert isinstance(plan, Prediction)
+    return plan, partial(_write_gguf, model, target, quant, settings)
+
+
+def _gguf(model: Path, target: Path, quant: str, settings: Settings, *, dry_run: bool) -> GgufReport | Prediction:
+    return export_folder(
+        model, target, quant, name=_name(model, settings), imatrix=settings.imatrix, corpus=settings.corpus,
+        tokens=settings.tokens, tensor_types=settings.tensor_types, threads=settings.threads,
+        split_max_size=settings.split_max_size, dry_run=dry_run,
+    )  # fmt: skip
+
+
+def _write_gguf(model: Path, target: Path, quant: str, settings: Settings, matrix: Path | None) -> Exported:
+    if matrix is not None and settings.corpus is not None:
+        settings = replace(settings, imatrix=matrix, corpus=None)
+    folder = aside(target)
+    folder.mkdir(parents=True)
+    try:
+        report = _gguf(model, folder / target.name, quant, settings, dry_run=False)
+        assert isinstance(report, GgufReport)
+        proof = None
+        if settings.prove:
+            of_torch = as_llama(model)
+            proof = prove_gguf(report.path, of_torch, proof_windows(of_torch), threads=settings.threads)
+        # The first part last: no other is opened without it.
+        for file in sorted(folder.iterdir(), key=lambda file: (file == report.path, file.name)):
+            os.replace(file, target.with_name(file.name))
+        moved = tuple(target.with_name(part.name) for part in report.parts)
+        return Exported(replace(report, path=target.with_name(report.path.name), parts=moved), proof)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_onnx(export: OnnxExport, target: Path, settings: Settings) -> Exported:
+    folder = aside(target)
+    try:
+        report = export.write(folder)
+        proof = None
+        if settings.prove:
+            windows = proof_windows(export.model_dir, report.context)
+            proof = prove_onnx(folder, export.model_dir, export.quant, windows, threads=settings.threads)
+        os.rename(folder, target)
+        return Exported(replace(report, path=target), proof)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def proof_windows(model_dir: Path, most: int = PROOF_TOKENS) -> np.ndarray:
+    """Token ids that every tokenizer has, (2, window): text in several scripts that is part of this program."""
+    ids = load_tokenizer(model_dir)("\n".join(HARD_STRINGS), add_special_tokens=False)["input_ids"]
+    window = min(PROOF_TOKENS, most, len(ids) // 2)
+    return np.array(ids[: 2 * window], dtype=np.int64).reshape(2, window)
+
+
+def _name(model: Path, settings: Settings) -> str:
+    return settings.name or (model.resolve().parent.name if model.name == "model" else model.resolve().name)
+
+
+def tell(found: Sequence[Exported] | Sequence[Planned]) -> Any:
+    """The JSON document of an export: one artifact's object, or a list of them under ``artifacts``."""
+    rows = [one.as_json() for one in found]
+    return rows[0] if len(rows) == 1 else {"artifacts": rows}
