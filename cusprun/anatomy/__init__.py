@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cusprun.anatomy import llama, mistral
+from cusprun.anatomy.refusals import why_not
 from cusprun.anatomy.sliced import SLICED_TYPE, WHY_NOT, SlicedAnatomy, describe_sliced
 from cusprun.anatomy.structure import Anatomy, Coupling, Family, LayerWidths
 from cusprun.as_llama import READ
@@ -48,7 +49,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def family_of(config: dict[str, Any]) -> Family:
-    """The family that a config.json belongs to. Raises InvalidRequest naming the families there are."""
+    """The family that a config.json belongs to.
+
+    Raises InvalidRequest for any other, naming the type, what kind of model that is and the families there are.
+    """
     model_type = config.get("model_type")
     if model_type == SLICED_TYPE:
         raise InvalidRequest(f"a model of type {SLICED_TYPE} is neither exported nor pruned: {WHY_NOT}")
@@ -56,7 +60,9 @@ def family_of(config: dict[str, Any]) -> Family:
         if model_type in (family.name, family.per_layer_name):
             return family
     known = ", ".join([*(family.name for family in FAMILIES), *READ])
-    raise InvalidRequest(f"models of type {model_type!r} are not supported; supported families: {known}")
+    raise InvalidRequest(
+        f"models of type {model_type!r} are not supported: {why_not(config)}; supported families: {known}"
+    )
 
 
 def describe(folder: Path) -> Anatomy:
