@@ -167,8 +167,10 @@ def expert_config(dense: dict[str, Any], anatomy: Anatomy) -> dict[str, Any]:
     config["intermediate_size"] = max(layer.ffn for layer in layers)
     config["num_attention_heads"] = max(layer.heads for layer in layers)
     config["num_key_value_heads"] = max(layer.kv_heads for layer in layers)
-    if family.biases or anatomy.attention_bias or anatomy.mlp_bias:
-        config["attention_bias"], config["mlp_bias"] = anatomy.attention_bias, anatomy.mlp_bias
+    for name, there in (("attention_bias", anatomy.attention_bias), ("mlp_bias", anatomy.mlp_bias)):
+        if there or name in family.biases:
+            config[name] = there
+    config.update(family.attention_settings(anatomy.attention))
     if is_stock(anatomy):
         config["model_type"] = family.name
         config["architectures"] = [family.model_class]
@@ -184,7 +186,8 @@ def expert_config(dense: dict[str, Any], anatomy: Anatomy) -> dict[str, Any]:
 def is_stock(anatomy: Anatomy) -> bool:
     """Whether stock transformers can load the layout without cusprun."""
     family = anatomy.family
-    if not anatomy.uniform or (not family.biases and (anatomy.attention_bias or anatomy.mlp_bias)):
+    biases = (("attention_bias", anatomy.attention_bias), ("mlp_bias", anatomy.mlp_bias))
+    if not anatomy.uniform or any(there and name not in family.biases for name, there in biases):
         return False
     return not family.heads_divide_hidden or anatomy.hidden_size % anatomy.layers[0].heads == 0
 

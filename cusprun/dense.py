@@ -104,8 +104,9 @@ def read_sizes(model: str, revision: str | None = None) -> Sizes:
     if info.architecture != "llama":
         raise InvalidRequest(f"{path} is a GGUF of architecture {info.architecture!r}; as a dense model llama is read")
     anatomy = Anatomy(
-        FAMILIES[0], info.hidden_size, info.head_dim, info.vocab_size, info.layers, info.tied, False, False
-    )
+        FAMILIES[0], info.hidden_size, info.head_dim, info.vocab_size, info.layers, info.tied, False, False,
+        norm_eps=float(info.metadata.get("llama.attention.layer_norm_rms_epsilon", 1e-6)),
+    )  # fmt: skip
     return Sizes(anatomy, element_bytes=4, convert=True, context=info.context_length)
 
 

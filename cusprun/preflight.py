@@ -268,7 +268,7 @@ def check_ratio(recipe: Recipe, share: float, anatomy: Anatomy) -> None:
         recipe.method == "refit" and recipe.cuts_by == "measured" and recipe.layout == "per-layer"
     )
     if drops_layers:
-        anatomy_left = anatomy.with_layers(anatomy.layers[:1])
+        anatomy_left = anatomy.with_layers([anatomy.layers[0], *[None] * (len(anatomy.layers) - 1)])
         largest = 1 - anatomy_left.parameters / anatomy.parameters * (1 - largest_ratio(anatomy_left, align))
     else:
         largest = largest_ratio(anatomy, align)

@@ -10,6 +10,7 @@ from gguf import GGUFWriter, LlamaFileType, RopeScalingType, size_label
 from cusprun.anatomy import Anatomy
 from cusprun.errors import InvalidRequest
 from cusprun.exporters.gguf_tensors import Rope
+from cusprun.layouts import find_host
 
 # Keys that ``metadata`` may hold, beside any of one's own that starts with "cusprun.".
 GENERAL = ("author", "description", "license", "license_name", "license_link", "organization", "url", "version")
@@ -19,8 +20,8 @@ DATASETS = ("datasets",)  # names, with commas
 
 
 def architecture(anatomy: Anatomy) -> str:
-    """llama.cpp's architecture that holds the layout: llama for equal layers, deci for layers of their own widths."""
-    return "llama" if anatomy.uniform else "deci"
+    """llama.cpp's architecture that holds the model. Raises InvalidRequest where there is none."""
+    return find_host(anatomy).arch
 
 
 def context_length(config: Mapping[str, Any]) -> int:

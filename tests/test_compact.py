@@ -28,6 +28,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "biases-mha-untied": ("llama", {"attention_bias": True, "num_key_value_heads": 4, "tie_word_embeddings": False}),
     "mistral": ("mistral", {"tie_word_embeddings": False}),
+    "qwen3": ("qwen3", {}),
+    "qwen3-untied": ("qwen3", {"tie_word_embeddings": False, "head_dim": 24}),
     "wide-heads": ("llama", {"head_dim": 32}),
 }
 

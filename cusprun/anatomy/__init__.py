@@ -9,14 +9,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cusprun.anatomy import llama, mistral
+from cusprun.anatomy import llama, mistral, qwen3
 from cusprun.anatomy.refusals import why_not
 from cusprun.anatomy.sliced import SLICED_TYPE, WHY_NOT, SlicedAnatomy, describe_sliced
-from cusprun.anatomy.structure import Anatomy, Coupling, Family, LayerWidths
+from cusprun.anatomy.structure import Anatomy, Coupling, Family, LayerAttention, LayerWidths
 from cusprun.as_llama import READ
 from cusprun.errors import InvalidRequest
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY, mistral.FAMILY)
+FAMILIES: tuple[Family, ...] = (llama.FAMILY, mistral.FAMILY, qwen3.FAMILY)
 
 __all__ = [
     "FAMILIES",
@@ -24,6 +24,7 @@ __all__ = [
     "Anatomy",
     "Coupling",
     "Family",
+    "LayerAttention",
     "LayerWidths",
     "SlicedAnatomy",
     "describe",
@@ -114,7 +115,10 @@ def describe_config(config: dict[str, Any], folder: str) -> Anatomy:
                 f"{folder}/config.json: layer {index} has {layer.heads} query heads on {layer.kv_heads} kv heads, "
                 f"{layer.ffn} channels"
             )
-    biases = family.biases or config.get("model_type") == family.per_layer_name
+    biases = ("attention_bias", "mlp_bias") if config.get("model_type") == family.per_layer_name else family.biases
+    eps = config.get("rms_norm_eps", 1e-6)
+    if not isinstance(eps, int | float) or not eps > 0:
+        raise InvalidRequest(f"{folder}/config.json: rms_norm_eps must be a number above 0, not {eps!r}")
     return Anatomy(
         family=family,
         hidden_size=hidden,
@@ -122,6 +126,8 @@ def describe_config(config: dict[str, Any], folder: str) -> Anatomy:
         vocab_size=size("vocab_size"),
         layers=tuple(widths),
         tied=bool(config.get("tie_word_embeddings", family.tied_default)),
-        attention_bias=bool(config.get("attention_bias", False)) if biases else False,
-        mlp_bias=bool(config.get("mlp_bias", False)) if biases else False,
+        attention_bias="attention_bias" in biases and bool(config.get("attention_bias", False)),
+        mlp_bias="mlp_bias" in biases and bool(config.get("mlp_bias", False)),
+        attention=family.attention(config, layers, folder),
+        norm_eps=float(eps),
     )

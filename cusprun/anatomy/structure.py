@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 Unit = Literal["ffn", "heads", "kv_heads"]
 
@@ -26,6 +26,24 @@ class Coupling:
 
 
 @dataclass(frozen=True)
+class LayerAttention:
+    """How one layer attends: what its widths do not say."""
+
+    rotates: bool = True  # q and k carry a rotary embedding
+    window: int | None = None  # tokens that a query sees, its own included; None for all before it
+
+
+def plain_attention(config: dict[str, Any], layers: int, folder: str) -> tuple[LayerAttention, ...]:
+    """Every layer rotates and sees all that came before."""
+    return (LayerAttention(),) * layers
+
+
+def no_settings(attention: Sequence[LayerAttention]) -> dict[str, Any]:
+    """Nothing in config.json tells the layers' attention apart."""
+    return {}
+
+
+@dataclass(frozen=True)
 class Family:
     """What differs between model families."""
 
@@ -38,9 +56,14 @@ class Family:
     embedding: str
     output: str
     final_norm: str
-    biases: bool  # attention_bias and mlp_bias exist in the config
+    biases: tuple[str, ...]  # of attention_bias and mlp_bias, those that the stock config has
     tied_default: bool
     heads_divide_hidden: bool  # stock config refuses head counts that do not divide the hidden size
+    activation: str = "silu"  # of the FFN's gate
+    qk_norms: bool = False  # each head of q and of k is normed before it rotates, with weights (head_dim,)
+    # config, count of layers and the folder's name to the attention of every layer; refuses variants by InvalidRequest
+    attention: Callable[[dict[str, Any], int, str], tuple[LayerAttention, ...]] = plain_attention
+    attention_settings: Callable[[Sequence[LayerAttention]], dict[str, Any]] = no_settings  # the way back
 
 
 @dataclass(frozen=True)
@@ -81,6 +104,12 @@ class Anatomy:
     tied: bool
     attention_bias: bool  # q, k, v and o have biases, in every layer
     mlp_bias: bool  # gate, up and down have
+    attention: tuple[LayerAttention, ...] = ()  # of every layer; plain where none is given
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if not self.attention:
+            object.__setattr__(self, "attention", (LayerAttention(),) * len(self.layers))
 
     @property
     def uniform(self) -> bool:
@@ -90,8 +119,12 @@ class Anatomy:
     def prefix(self, layer: int) -> str:
         return self.family.layer_prefix.format(layer)
 
-    def with_layers(self, layers: tuple[LayerWidths, ...]) -> Anatomy:
-        return replace(self, layers=layers)
+    def with_layers(self, layers: Sequence[LayerWidths | None]) -> Anatomy:
+        """The same with other widths in each layer, and without those that are None."""
+        stay = [
+            (widths, attention) for widths, attention in zip(layers, self.attention, strict=True) if widths is not None
+        ]
+        return replace(self, layers=tuple(w for w, _ in stay), attention=tuple(a for _, a in stay))
 
     def with_vocabulary(self, rows: int) -> Anatomy:
         return replace(self, vocab_size=rows)
@@ -115,12 +148,13 @@ class Anatomy:
         return attention + 3 * widths.ffn * self.hidden_size
 
     def attention_parameters(self, widths: LayerWidths) -> int:
-        """Parameters of a layer's attention block: what goes when it is removed whole, its norm included."""
+        """Parameters of a layer's attention block: what goes when it is removed whole, its norms included."""
         if widths.heads == 0:
             return 0
         matrices = 2 * (widths.heads + widths.kv_heads) * self.head_dim * self.hidden_size
         rows = (widths.heads + 2 * widths.kv_heads) * self.head_dim + self.hidden_size
-        return matrices + (rows if self.attention_bias else 0) + self.hidden_size
+        norms = self.hidden_size + (2 * self.head_dim if self.family.qk_norms else 0)
+        return matrices + (rows if self.attention_bias else 0) + norms
 
     def ffn_parameters(self, widths: LayerWidths) -> int:
         """Parameters of a layer's FFN with its norm; 0 for a layer that is not there."""
@@ -163,6 +197,9 @@ class Anatomy:
             )
             if widths.heads:
                 yield f"{prefix}input_layernorm.weight", (hidden,)
+            if widths.heads and self.family.qk_norms:
+                yield f"{prefix}self_attn.q_norm.weight", (dim,)
+                yield f"{prefix}self_attn.k_norm.weight", (dim,)
             yield f"{prefix}post_attention_layernorm.weight", (hidden,)
             for name, rows, columns, bias in (*(attention if widths.heads else ()), *ffn):
                 yield f"{prefix}{name}.weight", (rows, columns)
