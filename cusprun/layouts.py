@@ -6,7 +6,7 @@ the family computes, with what it lacks. No plan may make a shape that its cell 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +14,11 @@ from cusprun.anatomy import Anatomy
 from cusprun.errors import InvalidRequest
 
 Layout = Literal["uniform", "per-layer"]
+
+
+def always(layer: int) -> bool:
+    """In every layer."""
+    return True
 
 
 @dataclass(frozen=True)
@@ -27,17 +32,20 @@ class Host:
     rope_divisors: bool = True  # Llama 3's, one for each frequency
     rotary_pairs: bool = True  # neighbouring rows of q and k rotate together; else those half a head apart
     fused_qkv: bool = False  # q, k and v are one matrix
+    rotates: Callable[[int], bool] = always  # which layers rotate q and k, by number
 
 
 LLAMA = Host("llama")
 DECI = Host("deci", without_attention=True)
 QWEN3 = Host("qwen3", biases=False, rope_divisors=False, rotary_pairs=False)
 OPENELM = Host("openelm", biases=False, untied=False, rope_divisors=False, rotary_pairs=False, fused_qkv=True)
+SMOLLM3 = Host("smollm3", biases=False, rope_divisors=False, rotates=lambda layer: (layer + 1) % 4 != 0)
 
 GGUF: dict[str, dict[Layout, Host]] = {
     "llama": {"uniform": LLAMA, "per-layer": DECI},
     "mistral": {"uniform": LLAMA, "per-layer": DECI},
     "qwen3": {"uniform": QWEN3, "per-layer": OPENELM},
+    "smollm3": {"uniform": SMOLLM3},
 }
 
 
@@ -70,3 +78,5 @@ def _lacking(anatomy: Anatomy, host: Host) -> Iterator[str]:
         yield "with biases: choose a method that adds none"
     if not host.without_attention and any(layer.heads == 0 for layer in anatomy.layers):
         yield "with layers whose attention is gone: prune it with --layout uniform"
+    if any(layer.rotates != host.rotates(index) for index, layer in enumerate(anatomy.attention)):
+        yield "whose layers without rotation are others than every fourth: keep every layer, or run it with torch"

@@ -30,6 +30,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"tie_word_embeddings": False}),
     "qwen3": ("qwen3", {}),
     "qwen3-untied": ("qwen3", {"tie_word_embeddings": False, "head_dim": 24}),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5, "no_rope_layer_interval": 2}),
     "wide-heads": ("llama", {"head_dim": 32}),
 }
 

@@ -30,7 +30,7 @@ NARROW = LayerPlan(tuple(range(32, 128)), (1,))
 MIXED = (WHOLE, DROPPED, WITHOUT_ATTENTION, NARROW, WITHOUT_ATTENTION)
 
 
-@pytest.fixture(scope="module", params=["llama", "mistral", "qwen3", "llama-biases"])
+@pytest.fixture(scope="module", params=["llama", "mistral", "qwen3", "smollm3", "llama-biases"])
 def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     family, _, biases = request.param.partition("-")
     settings = {"attention_bias": True, "mlp_bias": True} if biases else {}
@@ -263,4 +263,4 @@ def test_biases_keep_a_uniform_llama_stock_and_not_a_mistral(tmp_path: Path, den
     compact(dense, plan, tmp_path / "expert", refitted=tmp_path / "refitted")
     kind = type(load_model(tmp_path / "expert")).__name__
     stock = anatomy.family.model_class
-    assert kind == (stock if anatomy.family.name == "llama" else f"Cusprun{stock}")
+    assert kind == (stock if anatomy.family.name in ("llama", "smollm3") else f"Cusprun{stock}")

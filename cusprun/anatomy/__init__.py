@@ -9,14 +9,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cusprun.anatomy import llama, mistral, qwen3
+from cusprun.anatomy import llama, mistral, qwen3, smollm3
 from cusprun.anatomy.refusals import why_not
 from cusprun.anatomy.sliced import SLICED_TYPE, WHY_NOT, SlicedAnatomy, describe_sliced
 from cusprun.anatomy.structure import Anatomy, Coupling, Family, LayerAttention, LayerWidths
 from cusprun.as_llama import READ
 from cusprun.errors import InvalidRequest
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY, mistral.FAMILY, qwen3.FAMILY)
+FAMILIES: tuple[Family, ...] = (llama.FAMILY, mistral.FAMILY, qwen3.FAMILY, smollm3.FAMILY)
 
 __all__ = [
     "FAMILIES",

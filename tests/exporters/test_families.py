@@ -22,6 +22,13 @@ FILES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "qwen3, heads that are no hidden size": ("qwen3", {"head_dim": 32, "num_key_value_heads": 1}, "uniform", "qwen3"),
     "qwen3, fewer heads": ("qwen3", {"num_attention_heads": 2, "num_key_value_heads": 1}, "uniform", "qwen3"),
     "qwen3, per layer": ("qwen3", {}, "per-layer", "openelm"),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5}, "uniform", "smollm3"),
+    "smollm3, untied, wide heads": (
+        "smollm3",
+        {"num_hidden_layers": 8, "tie_word_embeddings": False, "head_dim": 32},
+        "uniform",
+        "smollm3",
+    ),
     "qwen3, per layer, wide heads": ("qwen3", {"head_dim": 32}, "per-layer", "openelm"),
 }
 
@@ -53,17 +60,24 @@ def test_the_quantizer_takes_the_files(tmp_path: Path, kind: str, quant: str) ->
 
 
 @pytest.mark.parametrize(
-    ("layout", "settings", "message"),
+    ("family", "layout", "settings", "message"),
     [
-        ("per-layer", {"tie_word_embeddings": False}, "openelm holds no qwen3 of unequal layers with an output matrix"),
-        ("without-attention", {}, "openelm holds no qwen3 with layers whose attention is gone"),
-        ("uniform", {"attention_bias": True}, "qwen3 holds no qwen3 with biases"),
+        (
+            "qwen3",
+            "per-layer",
+            {"tie_word_embeddings": False},
+            "openelm holds no qwen3 of unequal layers with an output matrix",
+        ),
+        ("qwen3", "without-attention", {}, "openelm holds no qwen3 with layers whose attention is gone"),
+        ("qwen3", "uniform", {"attention_bias": True}, "qwen3 holds no qwen3 with biases"),
+        ("smollm3", "per-layer", {}, "no architecture of llama.cpp holds smollm3 with widths of its own"),
+        ("smollm3", "uniform", {"no_rope_layers": [1, 0, 1]}, "smollm3 holds no smollm3 whose layers without rotation"),
     ],
 )
 def test_what_no_architecture_holds_is_refused(
-    tmp_path: Path, layout: str, settings: dict[str, Any], message: str
+    tmp_path: Path, family: str, layout: str, settings: dict[str, Any], message: str
 ) -> None:
-    folder = make(tmp_path / "model", family="qwen3", layout=layout, **settings)
+    folder = make(tmp_path / "model", family=family, layout=layout, **settings)
     with pytest.raises(InvalidRequest, match=message):
         export_gguf(folder, tmp_path / "model.gguf", "f32")
     assert not (tmp_path / "model.gguf").exists()
