@@ -51,6 +51,11 @@ class LayerSensitivity:
     def to_json(self) -> dict[str, Any]:
         return {"ffn": _pairs(self.ffn), "kv_heads": _pairs(self.kv_heads), "dropped": self.dropped}
 
+    def within(self, *, attention_goes: bool, layers_go: bool) -> LayerSensitivity:
+        """Without the cuts that may not be made: the attention block whole, the layer whole."""
+        heads = {width: loss for width, loss in self.kv_heads.items() if width or attention_goes}
+        return LayerSensitivity(self.ffn, heads, self.dropped if layers_go else None)
+
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> LayerSensitivity:
         return cls(dict(map(tuple, value["ffn"])), dict(map(tuple, value["kv_heads"])), value["dropped"])

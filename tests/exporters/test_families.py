@@ -70,7 +70,7 @@ def test_the_quantizer_takes_the_files(tmp_path: Path, kind: str, quant: str) ->
         ),
         ("qwen3", "without-attention", {}, "openelm holds no qwen3 with layers whose attention is gone"),
         ("qwen3", "uniform", {"attention_bias": True}, "qwen3 holds no qwen3 with biases"),
-        ("smollm3", "per-layer", {}, "no architecture of llama.cpp holds smollm3 with widths of its own"),
+        ("smollm3", "per-layer", {}, "has no architecture for tied smollm3 with widths of its own"),
         ("smollm3", "uniform", {"no_rope_layers": [1, 0, 1]}, "smollm3 holds no smollm3 whose layers without rotation"),
     ],
 )
