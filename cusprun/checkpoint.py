@@ -239,8 +239,10 @@ def register_when_imported() -> None:
     auto = "transformers.models.auto"
     # The classes here and what they are built on, by module: these import one another, and any may be the first.
     needed = {f"{auto}.configuration_auto": "AutoConfig", f"{auto}.modeling_auto": "AutoModelForCausalLM"}
-    needed |= {f"transformers.models.{family.name}.modeling_{family.name}": family.model_class for family in FAMILIES}
-    needed |= {f"cusprun.anatomy.{family.name}_per_layer": "PerLayerModel" for family in FAMILIES}
+    needed |= {
+        f"transformers.models.{family.module}.modeling_{family.module}": family.model_class for family in FAMILIES
+    }
+    needed |= {f"cusprun.anatomy.{family.module}_per_layer": "PerLayerModel" for family in FAMILIES}
     needed |= {"cusprun.anatomy.sliced_model": "CusprunSlicedForCausalLM"}
     registering = False
 
@@ -257,7 +259,7 @@ def register_when_imported() -> None:
             from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
             for family in FAMILIES:
-                classes = importlib.import_module(f"cusprun.anatomy.{family.name}_per_layer")
+                classes = importlib.import_module(f"cusprun.anatomy.{family.module}_per_layer")
                 AutoConfig.register(family.per_layer_name, classes.PerLayerConfig, exist_ok=True)
                 AutoModelForCausalLM.register(classes.PerLayerConfig, classes.PerLayerModel, exist_ok=True)
             sliced = importlib.import_module("cusprun.anatomy.sliced_model")

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import isclose
 from typing import Literal
 
-from cusprun.anatomy import Anatomy
+from cusprun.anatomy import Anatomy, Family
 from cusprun.errors import InvalidRequest
 
 Layout = Literal["uniform", "per-layer"]
@@ -37,6 +38,9 @@ class Host:
     rotary_pairs: bool = True  # neighbouring rows of q and k rotate together; else those half a head apart
     fused_qkv: bool = False  # q, k and v are one matrix
     rotates: Callable[[int], bool] = always  # which layers rotate q and k, by number
+    slides: Callable[[int], bool] | None = None  # which layers see a window alone; None where none can
+    output_softcap: bool = False  # always or never
+    unscaled: int | None = None  # count of layers at which the scores' scale is taken for another model's
 
 
 LLAMA = Host("llama")
@@ -44,12 +48,22 @@ DECI = Host("deci", without_attention=True)
 QWEN3 = Host("qwen3", biases=False, rope_divisors=False, rotary_pairs=False)
 OPENELM = Host("openelm", biases=False, untied=False, rope_divisors=False, rotary_pairs=False, fused_qkv=True)
 SMOLLM3 = Host("smollm3", biases=False, rope_divisors=False, rotates=lambda layer: (layer + 1) % 4 != 0)
+GEMMA2 = Host(
+    "gemma2", biases=False, untied=False, rope_divisors=False, rotary_pairs=False,
+    slides=lambda layer: layer % 2 == 0, output_softcap=True, unscaled=46,
+)  # fmt: skip
+GEMMA3 = Host(
+    "gemma3", biases=False, untied=False, rope_divisors=False, rotary_pairs=False,
+    slides=lambda layer: (layer + 1) % 6 != 0, unscaled=62,
+)  # fmt: skip
 
 GGUF: dict[str, dict[Layout, Host]] = {
     "llama": {"uniform": LLAMA, "per-layer": DECI},
     "mistral": {"uniform": LLAMA, "per-layer": DECI},
     "qwen3": {"uniform": QWEN3, "per-layer": OPENELM},
     "smollm3": {"uniform": SMOLLM3},
+    "gemma2": {"uniform": GEMMA2},
+    "gemma3_text": {"uniform": GEMMA3},
 }
 
 ONNX: dict[str, tuple[Layout, ...]] = {}  # family -> the layouts that the ONNX export writes
@@ -83,14 +97,14 @@ def choose_limits(anatomy: Anatomy, wish: Layout | None, *, export: bool) -> Lim
         find_host(anatomy)  # says why
     if wish == "uniform" or (wish is None and "per-layer" not in held and anatomy.uniform):
         note = None if wish else f"{WITHOUT_PER_LAYER.format(family=_name(anatomy))}: one width for all layers"
-        return _limits("uniform", held.get("uniform"), note)
+        return _limits(anatomy.family, "uniform", held.get("uniform"), note)
     if "per-layer" not in held and export:
         advice = "write --layout uniform" if anatomy.uniform else "choose a model whose layers are alike"
         raise InvalidRequest(
             f"--layout per-layer: {WITHOUT_PER_LAYER.format(family=_name(anatomy))}: {advice}, or stop at the model "
             "folder with cusprun-edge prune"
         )
-    return _limits("per-layer", held.get("per-layer"), None)
+    return _limits(anatomy.family, "per-layer", held.get("per-layer"), None)
 
 
 def describe_exports(anatomy: Anatomy) -> dict[str, dict[str, str | None]]:
@@ -105,10 +119,10 @@ def describe_exports(anatomy: Anatomy) -> dict[str, dict[str, str | None]]:
     return {"gguf": gguf, "onnx": {layout: "decoder" if layout in written else None for layout in layouts}}
 
 
-def _limits(layout: Layout, host: Host | None, note: str | None) -> Limits:
+def _limits(family: Family, layout: Layout, host: Host | None, note: str | None) -> Limits:
     if host is None:
-        return Limits(layout, note=note)
-    return Limits(layout, host.without_attention, host.rotates is always, host.biases, note)
+        return Limits(layout, family.attention_goes, note=note)
+    return Limits(layout, host.without_attention, host.rotates is always and host.slides is None, host.biases, note)
 
 
 def _name(anatomy: Anatomy) -> str:
@@ -118,6 +132,11 @@ def _name(anatomy: Anatomy) -> str:
 def layout_of(anatomy: Anatomy) -> Layout:
     """How the widths of a model's layers are laid out."""
     return "uniform" if anatomy.uniform else "per-layer"
+
+
+def slides(family: Family) -> bool:
+    """Whether llama.cpp's architectures for the family let layers see a window alone."""
+    return any(host.slides is not None for host in GGUF[family.name].values())
 
 
 def find_host(anatomy: Anatomy) -> Host:
@@ -137,10 +156,23 @@ def _lacking(anatomy: Anatomy, host: Host, layout: Layout) -> Iterator[str]:
     if layout == "uniform" and not anatomy.uniform:
         yield "whose layers have widths of their own: prune it with --layout uniform"
     if not (anatomy.tied or host.untied):
-        yield "of unequal layers with an output matrix of its own: prune it with --layout uniform"
+        advice = "tie it to the embedding" if layout == "uniform" else "prune it with --layout uniform"
+        yield f"with an output matrix of its own: {advice}"
     if (anatomy.attention_bias or anatomy.mlp_bias) and not host.biases:
         yield "with biases: choose a method that adds none"
     if not host.without_attention and any(layer.heads == 0 for layer in anatomy.layers):
         yield "with layers whose attention is gone: prune it with --layout uniform"
     if any(layer.rotates != host.rotates(index) for index, layer in enumerate(anatomy.attention)):
         yield "whose layers without rotation are others than every fourth: keep every layer, or run it with torch"
+    windows = [layer.window for layer in anatomy.attention]
+    if host.slides is not None:
+        if any((window is not None) != host.slides(index) for index, window in enumerate(windows)):
+            yield "whose sliding layers stand elsewhere than as published: keep every layer, or run it with torch"
+        if host.output_softcap != (anatomy.output_softcap is not None):
+            yield f"with{'out' if host.output_softcap else ''} a cap of the logits: run it with torch"
+        if host.output_softcap and anatomy.attention_softcap is None:
+            yield "without a cap of the attention's scores: run it with torch"
+        if anatomy.query_scale is not None and not isclose(anatomy.query_scale, anatomy.head_dim**-0.5):
+            yield "whose query_pre_attn_scalar is not its head_dim: run it with torch"
+        if len(windows) == host.unscaled:
+            yield f"of {host.unscaled} layers, whose scores it scales otherwise: run it with torch"

@@ -98,10 +98,12 @@ def make_plan(
             widths.append(None)
             continue
         after = LayerWidths(len(kept.ffn), len(kept.kv_heads) * before.queries_per_kv, len(kept.kv_heads))
-        if after.ffn < min(MIN_FFN, before.ffn) or not after.possible(first=not any(widths)):
+        possible = after.possible(first=not any(widths)) and (after.heads or dense.family.attention_goes)
+        if after.ffn < min(MIN_FFN, before.ffn) or not possible:
             raise InvalidRequest(
                 f"the plan leaves layer {index} with {after.ffn} channels and {after.kv_heads} kv heads: a layer keeps "
                 f"{MIN_FFN} channels or goes whole, and the first layer that stays keeps attention"
+                + ("" if dense.family.attention_goes else f", in {dense.family.name} every one")
             )
         widths.append(after)
     if not any(widths):

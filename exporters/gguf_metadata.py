@@ -7,10 +7,10 @@ from typing import Any
 
 from gguf import GGUFWriter, LlamaFileType, RopeScalingType, size_label
 
-from cusprun.anatomy import Anatomy
+from cusprun.anatomy import Anatomy, family_of
 from cusprun.errors import InvalidRequest
 from cusprun.exporters.gguf_tensors import Rope
-from cusprun.layouts import find_host
+from cusprun.layouts import find_host, slides
 
 # Keys that ``metadata`` may hold, beside any of one's own that starts with "cusprun.".
 GENERAL = ("author", "description", "license", "license_name", "license_link", "organization", "url", "version")
@@ -27,10 +27,11 @@ def architecture(anatomy: Anatomy) -> str:
 def context_length(config: Mapping[str, Any]) -> int:
     """The longest text that torch and llama.cpp compute alike.
 
-    llama.cpp's llama attends to everything, so a sliding window (Mistral) ends the context where it starts to slide.
+    Where llama.cpp's architecture attends to everything, a sliding window (Mistral) ends the context where it starts
+    to slide.
     """
     longest = int(config.get("max_position_embeddings") or 2048)
-    window = config.get("sliding_window")
+    window = None if slides(family_of(config)) else config.get("sliding_window")
     return min(longest, int(window)) if window else longest
 
 
@@ -52,7 +53,15 @@ def write_sizes(writer: GGUFWriter, anatomy: Anatomy, config: Mapping[str, Any],
     writer.add_key_length(anatomy.head_dim)
     writer.add_value_length(anatomy.head_dim)
     writer.add_rope_dimension_count(anatomy.head_dim)
-    writer.add_layer_norm_rms_eps(float(config.get("rms_norm_eps", 1e-6)))
+    writer.add_layer_norm_rms_eps(anatomy.norm_eps)
+    for window in {layer.window for layer in anatomy.attention if slides(anatomy.family)} - {None}:
+        writer.add_sliding_window(window)  # the sliding layers of a model share one
+    for theta in {layer.theta for layer in anatomy.attention} - {None}:
+        writer.add_rope_freq_base_swa(theta)
+    if anatomy.attention_softcap is not None:
+        writer.add_attn_logit_softcapping(anatomy.attention_softcap)
+    if anatomy.output_softcap is not None:
+        writer.add_final_logit_softcapping(anatomy.output_softcap)
     writer.add_rope_freq_base(rope.theta)
     if rope.linear_factor is not None:
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cusprun.anatomy import Anatomy
+from cusprun.anatomy import Anatomy, family_of
 from cusprun.checkpoint import Weights
 from cusprun.errors import Failed, InvalidRequest
 from cusprun.layouts import find_host
@@ -23,7 +23,6 @@ BLOCK_NAMES = {
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -45,6 +44,7 @@ class TensorPlan:
     type: str  # F32, F16 or BF16
     rotary_heads: int  # heads whose rows are put into llama.cpp's rotary order, 0 for none
     below: tuple[str, ...] = ()
+    added: float = 0.0  # to every entry
 
     @property
     def bytes(self) -> int:
@@ -66,7 +66,9 @@ def plan_tensors(anatomy: Anatomy, matrix_type: str, rope_freqs: np.ndarray | No
             whole = (above.shape[0] + shape[0], *shape[1:])
             plans[name] = replace(above, shape=whole, below=(*above.below, source))
         else:
-            plans[name] = TensorPlan(name, source, shape, matrix_type if len(shape) == 2 else "F32", rotary_heads)
+            kind = matrix_type if len(shape) == 2 else "F32"
+            added = anatomy.family.norm_offset if source.endswith("norm.weight") else 0.0
+            plans[name] = TensorPlan(name, source, shape, kind, rotary_heads, added=added)
     return list(plans.values())
 
 
@@ -75,7 +77,12 @@ def gguf_name(anatomy: Anatomy, source: str) -> tuple[str, int]:
 
     Where q, k and v are one matrix there, all three have its name.
     """
-    host = find_host(anatomy)
+    host, family = find_host(anatomy), anatomy.family
+    norms = {  # the same name stands before the FFN in one family and behind the attention in another
+        family.ffn_norm: "ffn_norm",
+        family.attention_norm_behind: "post_attention_norm",
+        family.ffn_norm_behind: "post_ffw_norm",
+    }
     stem, _, kind = source.rpartition(".")  # kind: weight or bias
     for layer, widths in enumerate(anatomy.layers):
         prefix = anatomy.prefix(layer)
@@ -85,8 +92,7 @@ def gguf_name(anatomy: Anatomy, source: str) -> tuple[str, int]:
                 return f"blk.{layer}.attn_qkv.{kind}", 0
             rotary = {"self_attn.q_proj": widths.heads, "self_attn.k_proj": widths.kv_heads}.get(inner, 0)
             rotary *= host.rotary_pairs
-            return f"blk.{layer}.{BLOCK_NAMES[inner]}.{kind}", rotary
-    family = anatomy.family
+            return f"blk.{layer}.{BLOCK_NAMES.get(inner) or norms[inner]}.{kind}", rotary
     outer = {family.embedding: "token_embd", family.final_norm: "output_norm", family.output: "output"}
     return f"{outer[source]}.{kind}", 0
 
@@ -104,6 +110,8 @@ def read_tensors(weights: Weights, plans: list[TensorPlan], rope_freqs: np.ndarr
         tensor = weights[plan.source]
         if plan.below:
             tensor = torch.cat([tensor, *(weights[name] for name in plan.below)])
+        if plan.added:
+            tensor = tensor.float() + plan.added
         if plan.rotary_heads:
             tensor = to_rotary_pairs(tensor, plan.rotary_heads)
         yield _encode(tensor, plan)
@@ -145,7 +153,8 @@ def read_rope(config: dict[str, Any], head_dim: int) -> Rope:
     Raises InvalidRequest for scalings that this export does not write.
     """
     settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = float(settings.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    settings = settings.get("full_attention", settings)  # of the layers that see everything, where others differ
+    theta = float(settings.get("rope_theta") or config.get("rope_theta") or family_of(config).theta)
     if float(settings.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
         raise InvalidRequest("config.json has a partial_rotary_factor: llama.cpp's llama rotates whole heads only")
     kind = settings.get("rope_type") or settings.get("type") or "default"

@@ -9,14 +9,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cusprun.anatomy import llama, mistral, qwen3, smollm3
+from cusprun.anatomy import gemma2, gemma3, llama, mistral, qwen3, smollm3
 from cusprun.anatomy.refusals import why_not
 from cusprun.anatomy.sliced import SLICED_TYPE, WHY_NOT, SlicedAnatomy, describe_sliced
-from cusprun.anatomy.structure import Anatomy, Coupling, Family, LayerAttention, LayerWidths
+from cusprun.anatomy.structure import Anatomy, Coupling, Family, LayerAttention, LayerWidths, read_positive
 from cusprun.as_llama import READ
 from cusprun.errors import InvalidRequest
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY, mistral.FAMILY, qwen3.FAMILY, smollm3.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    llama.FAMILY,
+    mistral.FAMILY,
+    qwen3.FAMILY,
+    smollm3.FAMILY,
+    gemma2.FAMILY,
+    gemma3.FAMILY,
+)
+ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}  # and their names in a config.json
 
 __all__ = [
     "FAMILIES",
@@ -77,10 +85,9 @@ def describe(folder: Path) -> Anatomy:
 def describe_config(config: dict[str, Any], folder: str) -> Anatomy:
     """:func:`describe` of a config.json that is read already; ``folder`` names it in messages."""
     family = family_of(config)
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise InvalidRequest(
-            f"{folder}: hidden_act is {config['hidden_act']!r}; the gated FFN of {family.name} uses silu"
-        )
+    field, names = family.activation_field, ACTIVATIONS[family.activation]
+    if config.get(field, names[0]) not in names:
+        raise InvalidRequest(f"{folder}: {field} is {config[field]!r}; the gated FFN of {family.name} uses {names[0]}")
 
     def size(key: str, default: int | None = None) -> int:
         value = config.get(key)
@@ -110,15 +117,12 @@ def describe_config(config: dict[str, Any], folder: str) -> Anatomy:
             )
         )
     for index, layer in enumerate(widths):
-        if not layer.possible(first=index == 0):
+        if not layer.possible(first=index == 0) or not (layer.heads or family.attention_goes):
             raise InvalidRequest(
                 f"{folder}/config.json: layer {index} has {layer.heads} query heads on {layer.kv_heads} kv heads, "
                 f"{layer.ffn} channels"
             )
     biases = ("attention_bias", "mlp_bias") if config.get("model_type") == family.per_layer_name else family.biases
-    eps = config.get("rms_norm_eps", 1e-6)
-    if not isinstance(eps, int | float) or not eps > 0:
-        raise InvalidRequest(f"{folder}/config.json: rms_norm_eps must be a number above 0, not {eps!r}")
     return Anatomy(
         family=family,
         hidden_size=hidden,
@@ -129,5 +133,6 @@ def describe_config(config: dict[str, Any], folder: str) -> Anatomy:
         attention_bias="attention_bias" in biases and bool(config.get("attention_bias", False)),
         mlp_bias="mlp_bias" in biases and bool(config.get("mlp_bias", False)),
         attention=family.attention(config, layers, folder),
-        norm_eps=float(eps),
+        norm_eps=read_positive(config, "rms_norm_eps", 1e-6, folder) or 1e-6,
+        **family.scaling(config, folder),
     )

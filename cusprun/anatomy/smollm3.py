@@ -36,6 +36,7 @@ FAMILY = replace(
     config_class="SmolLM3Config",
     model_class="SmolLM3ForCausalLM",
     tied_default=True,
+    theta=2e6,
     heads_divide_hidden=False,
     attention=attention,
     attention_settings=attention_settings,
