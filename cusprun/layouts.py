@@ -13,7 +13,10 @@ from math import isclose
 from typing import Literal
 
 from cusprun.anatomy import Anatomy, Family
+from cusprun.anatomy.sliced import check_sliceable
 from cusprun.errors import InvalidRequest
+from cusprun.importance import find_criterion
+from cusprun.recipe import WHOLE_MODEL, Recipe
 
 Layout = Literal["uniform", "per-layer"]
 
@@ -105,6 +108,26 @@ def choose_limits(anatomy: Anatomy, wish: Layout | None, *, export: bool) -> Lim
             "folder with cusprun-edge prune"
         )
     return _limits(anatomy.family, "per-layer", held.get("per-layer"), None)
+
+
+def limits_of(recipe: Recipe, anatomy: Anatomy, *, export: bool) -> Limits:
+    """:func:`choose_limits` for a recipe. Raises InvalidRequest also where no export holds what its method makes."""
+    limits = choose_limits(anatomy, None if recipe.layout == "auto" else recipe.layout, export=export)
+    family, prune = anatomy.family.name, "choose another, or stop at the model folder with cusprun-edge prune"
+    if recipe.method == "slicegpt":
+        check_sliceable(anatomy)
+    if not export or recipe.method == "slicegpt":
+        return limits
+    if recipe.method == "shortgpt" and not limits.layers_go:
+        raise InvalidRequest(
+            f"--method shortgpt removes whole layers, and llama.cpp tells those of {family} by number: {prune}"
+        )
+    criterion = None if recipe.method in (*WHOLE_MODEL, "refit") else find_criterion(recipe.method)
+    if criterion is not None and criterion.compensates and not limits.biases:
+        raise InvalidRequest(f"--method {recipe.method} adds biases, which llama.cpp's {family} has not: {prune}")
+    if criterion is not None and criterion.allocation == "middle" and limits.note:
+        raise InvalidRequest(f"--method {recipe.method} keeps some layers whole, but {limits.note}: {prune}")
+    return limits
 
 
 def describe_exports(anatomy: Anatomy) -> dict[str, dict[str, str | None]]:

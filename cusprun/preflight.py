@@ -19,7 +19,6 @@ import psutil
 
 from cusprun.allocation import default_align, largest_ratio
 from cusprun.anatomy import Anatomy
-from cusprun.anatomy.sliced import check_sliceable
 from cusprun.corpora.cache import cache_folder
 from cusprun.corpora.catalog import Entry, Source, check_scenario, find_entries, make_scenario
 from cusprun.corpora.document import Document, OwnText, Scenario
@@ -30,8 +29,7 @@ from cusprun.corpora.sampling import all_entries, calibration_entries, general_e
 from cusprun.corpora.sources import is_cached
 from cusprun.dense import Sizes, check_folder, local_path, read_sizes
 from cusprun.errors import Failed, InvalidRequest, MissingPackage
-from cusprun.importance import find_criterion
-from cusprun.layouts import Limits, choose_limits
+from cusprun.layouts import Limits, limits_of
 from cusprun.needs import minutes, needs
 from cusprun.recipe import WHOLE_MODEL, Recipe
 
@@ -126,7 +124,7 @@ def prepare(recipe: Recipe, *, artifacts: bool = True) -> Prepared:
     disk = memory = 0
     limits: Limits | None = None
     if sizes is not None:
-        limits = problems.attempt(partial(_limits, recipe, sizes.anatomy, artifacts))
+        limits = problems.attempt(partial(limits_of, recipe, sizes.anatomy, export=artifacts))
         _check_model(recipe, sizes, limits, problems)
         disk, memory = needs(recipe, sizes, artifacts)
         problems.add(*_too_little(out, sizes, disk, memory, download))
@@ -227,26 +225,6 @@ def _too_short(what: str, documents: Sequence[Document], window: int) -> list[st
     if any(document.turns for document in documents) or size >= FEWEST * window:
         return []
     return [f"{what} holds {size} bytes, too little for {FEWEST} windows of {window} tokens: give more text"]
-
-
-def _limits(recipe: Recipe, anatomy: Anatomy, export: bool) -> Limits:
-    """What the plan may do. Raises InvalidRequest where the export cannot hold what the layout or the method makes."""
-    limits = choose_limits(anatomy, None if recipe.layout == "auto" else recipe.layout, export=export)
-    family, prune = anatomy.family.name, "choose another, or stop at the model folder with cusprun-edge prune"
-    if recipe.method == "slicegpt":
-        check_sliceable(anatomy)
-    if not export or recipe.method == "slicegpt":
-        return limits
-    if recipe.method == "shortgpt" and not limits.layers_go:
-        raise InvalidRequest(
-            f"--method shortgpt removes whole layers, and llama.cpp tells those of {family} by number: {prune}"
-        )
-    criterion = None if recipe.method in (*WHOLE_MODEL, "refit") else find_criterion(recipe.method)
-    if criterion is not None and criterion.compensates and not limits.biases:
-        raise InvalidRequest(f"--method {recipe.method} adds biases, which llama.cpp's {family} has not: {prune}")
-    if criterion is not None and criterion.allocation == "middle" and limits.note:
-        raise InvalidRequest(f"--method {recipe.method} keeps some layers whole, but {limits.note}: {prune}")
-    return limits
 
 
 def _check_model(recipe: Recipe, sizes: Sizes, limits: Limits | None, problems: _Problems) -> None:
