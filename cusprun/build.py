@@ -131,7 +131,7 @@ class _Build:
             "combine": recipe.combined,
             "ratio": recipe.removed_share,
             "epsilon": recipe.epsilon,
-            "layout": recipe.layout,
+            "layout": self.prepared.limits.layout,
             "align": self.cut.align,
             "calibration_tokens": recipe.tokens,
             "general_share": recipe.general,

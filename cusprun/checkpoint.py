@@ -167,8 +167,10 @@ def expert_config(dense: dict[str, Any], anatomy: Anatomy) -> dict[str, Any]:
     config["intermediate_size"] = max(layer.ffn for layer in layers)
     config["num_attention_heads"] = max(layer.heads for layer in layers)
     config["num_key_value_heads"] = max(layer.kv_heads for layer in layers)
-    if family.biases or anatomy.attention_bias or anatomy.mlp_bias:
-        config["attention_bias"], config["mlp_bias"] = anatomy.attention_bias, anatomy.mlp_bias
+    for name, there in (("attention_bias", anatomy.attention_bias), ("mlp_bias", anatomy.mlp_bias)):
+        if there or name in family.biases:
+            config[name] = there
+    config.update(family.attention_settings(anatomy.attention))
     if is_stock(anatomy):
         config["model_type"] = family.name
         config["architectures"] = [family.model_class]
@@ -184,7 +186,8 @@ def expert_config(dense: dict[str, Any], anatomy: Anatomy) -> dict[str, Any]:
 def is_stock(anatomy: Anatomy) -> bool:
     """Whether stock transformers can load the layout without cusprun."""
     family = anatomy.family
-    if not anatomy.uniform or (not family.biases and (anatomy.attention_bias or anatomy.mlp_bias)):
+    biases = (("attention_bias", anatomy.attention_bias), ("mlp_bias", anatomy.mlp_bias))
+    if not anatomy.uniform or any(there and name not in family.biases for name, there in biases):
         return False
     return not family.heads_divide_hidden or anatomy.hidden_size % anatomy.layers[0].heads == 0
 
@@ -236,8 +239,10 @@ def register_when_imported() -> None:
     auto = "transformers.models.auto"
     # The classes here and what they are built on, by module: these import one another, and any may be the first.
     needed = {f"{auto}.configuration_auto": "AutoConfig", f"{auto}.modeling_auto": "AutoModelForCausalLM"}
-    needed |= {f"transformers.models.{family.name}.modeling_{family.name}": family.model_class for family in FAMILIES}
-    needed |= {f"cusprun.anatomy.{family.name}_per_layer": "PerLayerModel" for family in FAMILIES}
+    needed |= {
+        f"transformers.models.{family.module}.modeling_{family.module}": family.model_class for family in FAMILIES
+    }
+    needed |= {f"cusprun.anatomy.{family.module}_per_layer": "PerLayerModel" for family in FAMILIES}
     needed |= {"cusprun.anatomy.sliced_model": "CusprunSlicedForCausalLM"}
     registering = False
 
@@ -254,7 +259,7 @@ def register_when_imported() -> None:
             from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
             for family in FAMILIES:
-                classes = importlib.import_module(f"cusprun.anatomy.{family.name}_per_layer")
+                classes = importlib.import_module(f"cusprun.anatomy.{family.module}_per_layer")
                 AutoConfig.register(family.per_layer_name, classes.PerLayerConfig, exist_ok=True)
                 AutoModelForCausalLM.register(classes.PerLayerConfig, classes.PerLayerModel, exist_ok=True)
             sliced = importlib.import_module("cusprun.anatomy.sliced_model")

@@ -257,22 +257,17 @@ def inspect(
     model: Annotated[str, typer.Argument(help="A model folder, a .gguf, a hub id, or the default's name.")],
     json_: Json = False,
 ) -> None:
-    """Print a model's family, sizes and units per layer, from its headers alone.
+    """Print a model's family, sizes, units per layer and what each export holds of it, from its headers alone.
 
     Example: cusprun-edge inspect smollm2-135m-instruct
     """
-    from cusprun.dense import describe_model
+    from cusprun.inspection import as_lines, describe_model
 
     found = describe_model(model)
     if json_:
         print_json(found)
         return
-    for key, value in found.items():
-        if key != "layers":
-            typer.echo(f"{key:<16} {value}")
-    for layer in found["layers"]:
-        units = f"ffn {layer['ffn']:>6}   heads {layer['heads']:>3}   kv heads {layer['kv_heads']:>3}"
-        typer.echo(f"layer {layer['layer']:>3}        {units}")
+    typer.echo("\n".join(as_lines(found)))
 
 
 def _artifact(path: Path) -> Path:

@@ -45,7 +45,7 @@ class Cut:
 
     def __init__(self, prepared: Prepared, dense: Dense, stages: Stages, align: int) -> None:
         self.prepared, self.dense, self.stages, self.align = prepared, dense, stages, align
-        self.recipe = prepared.recipe
+        self.recipe, self.limits = prepared.recipe, prepared.limits
         self.windows_path, self.texts_path = stages.folder / "windows.safetensors", stages.folder / "texts.jsonl"
         self.text: dict[str, Any] = {}
         self.base: Base | None = None
@@ -156,11 +156,16 @@ class Cut:
             rows = self._row_choices()
             if sensitivity is None:
                 return {"rows": rows[0].rows}
-            layers = [LayerSensitivity.from_json(layer) for layer in sensitivity["value"]]
+            layers = [
+                LayerSensitivity.from_json(layer).within(
+                    attention_goes=self.limits.attention_goes, layers_go=self.limits.layers_go
+                )
+                for layer in sensitivity["value"]
+            ]
             assert self.recipe.removed_share is not None
             found = solve_widths(
                 base.anatomy, layers, self.recipe.removed_share * base.anatomy.parameters,
-                align=self.align, uniform=self.recipe.layout == "uniform", rows=rows,
+                align=self.align, uniform=self.limits.layout == "uniform", rows=rows,
             )  # fmt: skip
             widths = [None if layer is None else [layer.ffn, layer.heads, layer.kv_heads] for layer in found.layers]
             kept = found.rows if found.rows is not None else base.anatomy.vocab_size
@@ -168,8 +173,8 @@ class Cut:
             return {"rows": kept, "widths": widths, "predicted": found.predicted}
 
         keys = [step["key"] for step in (sensitivity, prices) if step is not None]
-        fields = self.recipe.key("ratio", "layout", "vocab", "method", "widths", "epsilon")
-        return self.stages.step("spend", [base.key, *keys, fields, str(self.align)], [], spend)
+        fields = self.recipe.key("ratio", "vocab", "method", "widths", "epsilon")
+        return self.stages.step("spend", [base.key, *keys, fields, self.limits.key(), str(self.align)], [], spend)
 
     def _row_choices(self) -> list[Any]:
         """Sizes of the vocabulary that may be chosen, with what they cost in nats per token."""
@@ -251,11 +256,11 @@ class Cut:
             weights = Weights(base.folder)
             scores = score_layers(weights, base.anatomy, seen, criterion, recipe.combine or "intersection")
             if recipe.epsilon is not None:
-                plan = plan_epsilon(base.anatomy, scores, recipe.epsilon, align=self.align, layout=recipe.layout)
+                plan = plan_epsilon(base.anatomy, scores, recipe.epsilon, align=self.align, layout=self.limits.layout)
             else:
                 plan = plan_method(
                     criterion, base.anatomy, scores, self._remaining_ratio(base),
-                    align=self.align, layout=recipe.layout,
+                    align=self.align, layout=self.limits.layout,
                 )  # fmt: skip
             if criterion.compensates and recipe.method != "refit":
                 plan = bias_compensation(base.folder, plan, seen, self.refitted_path)
@@ -263,7 +268,7 @@ class Cut:
 
         needs = [*sorted(criterion.needs), str(stride)]
         seen = self.stages.step("statistics", [base.key, recipe.device, *needs], [statistics_path], take)
-        fields = recipe.key("combine", "ratio", "epsilon", "layout")
+        fields = recipe.key("combine", "ratio", "epsilon") + self.limits.key()
         outputs = [self.refitted_path] if criterion.compensates else []
         return self.stages.step("plan", [seen["key"], key, fields, criterion.name, str(self.align)], outputs, plan)
 

@@ -10,14 +10,14 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from cusprun.anatomy import FAMILIES, Anatomy, describe, describe_config, read_config
 from cusprun.as_llama import as_llama, is_read_as_llama, llama_config
-from cusprun.checkpoint import COMPANIONS, INDEX, SINGLE, Weights, is_stock
+from cusprun.checkpoint import COMPANIONS, INDEX, SINGLE, Weights
 from cusprun.corpora.cache import cache_folder
 from cusprun.errors import Failed, InvalidRequest, MissingPackage
 from cusprun.files import folder_written_whole, sha256_file, write_json
@@ -104,29 +104,10 @@ def read_sizes(model: str, revision: str | None = None) -> Sizes:
     if info.architecture != "llama":
         raise InvalidRequest(f"{path} is a GGUF of architecture {info.architecture!r}; as a dense model llama is read")
     anatomy = Anatomy(
-        FAMILIES[0], info.hidden_size, info.head_dim, info.vocab_size, info.layers, info.tied, False, False
-    )
+        FAMILIES[0], info.hidden_size, info.head_dim, info.vocab_size, info.layers, info.tied, False, False,
+        norm_eps=float(info.metadata.get("llama.attention.layer_norm_rms_epsilon", 1e-6)),
+    )  # fmt: skip
     return Sizes(anatomy, element_bytes=4, convert=True, context=info.context_length)
-
-
-def describe_model(model: str, revision: str | None = None) -> dict[str, Any]:
-    """What `inspect` prints: family, sizes, whether stock transformers loads it, and the units of every layer."""
-    sizes = read_sizes(model, revision)
-    anatomy = sizes.anatomy
-    return {
-        "model": model,
-        "family": sizes.original or anatomy.family.name,
-        **({"read_as": anatomy.family.name} if sizes.original else {}),
-        "parameters": anatomy.parameters,
-        "macs_per_token": anatomy.macs_per_token,
-        "hidden_size": anatomy.hidden_size,
-        "head_dim": anatomy.head_dim,
-        "vocab_size": anatomy.vocab_size,
-        "tied_embeddings": anatomy.tied,
-        "biases": anatomy.attention_bias or anatomy.mlp_bias,
-        "layout": "uniform" if is_stock(anatomy) else "per-layer",
-        "layers": [{"layer": index, **asdict(widths)} for index, widths in enumerate(anatomy.layers)],
-    }
 
 
 def local_path(model: str) -> Path | None:

@@ -41,7 +41,9 @@ RecoverTokens = Annotated[int | None, typer.Option(help="Tokens that recovery re
 RecoverRate = Annotated[float | None, typer.Option(help="Learning rate of recovery.")]
 Ratio = Annotated[float | None, typer.Option(help="Share of all parameters that goes; default 0.25.")]
 Epsilon = Annotated[float | None, typer.Option(help="Remove what changes a layer by no more than this.")]
-Layout = Annotated[str | None, typer.Option(help="per-layer widths, or uniform.")]
+Layout = Annotated[
+    str | None, typer.Option(help="auto (default: per-layer where the export holds it), per-layer or uniform.")
+]
 Align = Annotated[int | None, typer.Option(help="FFN widths are multiples of this.")]
 Tokens = Annotated[int | None, typer.Option(help="Calibration tokens, shared by the dimensions.")]
 Window = Annotated[int | None, typer.Option(help="Tokens of one calibration window.")]

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from cusprun.anatomy import Anatomy
+from cusprun.anatomy.gemma2 import KINDS
 from cusprun.arithmetic import bfloat16_layers
 from cusprun.checkpoint import Weights
 from cusprun.errors import InvalidRequest
 from cusprun.memory import HELD_BYTES, release_freed, return_large_blocks
+
+Kind = Literal["attention", "ffn"]
 
 
 def check_window(config: Any, window: int) -> None:
@@ -40,9 +43,11 @@ class LayerwiseModel:
         self.device, self.fast = device, fast
         self.weights = Weights(folder)
         self.config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        # torch's fused attention caps no scores; what stands in for it needs the causal mask spelled out
+        self._masked = anatomy.attention_softcap is not None
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(
-                self.config, dtype=torch.float32, attn_implementation="sdpa"
+                self.config, dtype=torch.float32, attn_implementation="eager" if self._masked else "sdpa"
             ).eval()
         self.layers = skeleton.model.layers
         self._stay = 4 * sum(parameter.numel() for parameter in self.layers.parameters()) <= HELD_BYTES
@@ -52,7 +57,12 @@ class LayerwiseModel:
         self._output: torch.Tensor | None = None
         self._norm = skeleton.model.norm
         self._rotary = type(skeleton.model.rotary_emb)(self.config).to(device)
-        self._positions: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._positions: dict[tuple[int, bool | None], tuple[torch.Tensor, torch.Tensor]] = {}
+        own = any(attention.theta is not None for attention in anatomy.attention)  # sliding layers rotate otherwise
+        self._local = {
+            layer: attention.theta is not None if own else None
+            for layer, attention in zip(self.layers, anatomy.attention, strict=True)
+        }
 
     def embed(self, ids: np.ndarray) -> torch.Tensor:
         """Embeddings of token ids: (n, window) -> (n, window, hidden) float32 on the CPU."""
@@ -62,14 +72,20 @@ class LayerwiseModel:
                 f"the tokenizer gives id {int(ids.max())} and the model has {table.shape[0]} embeddings: "
                 "they do not belong together"
             )
-        return torch.nn.functional.embedding(torch.from_numpy(ids), table).float()
+        states = torch.nn.functional.embedding(torch.from_numpy(ids), table).float()
+        return states * self.anatomy.hidden_size**0.5 if self.anatomy.family.scales_embedding else states
 
-    def positions(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of the rotary embedding for positions 0 … length - 1."""
-        if length not in self._positions:
+    def attend(self, layer: Any, length: int) -> dict[str, Any]:
+        """What a layer's attention is told beside the hidden states of ``length`` tokens: positions and mask."""
+        local = self._local[layer]
+        if (length, local) not in self._positions:
             ids = torch.arange(length, device=self.device).unsqueeze(0)
-            self._positions[length] = self._rotary(torch.zeros(1, device=self.device), position_ids=ids)
-        return self._positions[length]
+            kinds = {} if local is None else {"layer_type": KINDS[local]}
+            self._positions[length, local] = self._rotary(torch.zeros(1, device=self.device), ids, **kinds)
+        mask = None
+        if self._masked:
+            mask = torch.full((length, length), -torch.inf, device=self.device).triu(1)[None, None]
+        return {"position_embeddings": self._positions[length, local], "attention_mask": mask}
 
     @contextmanager
     def layer(self, index: int) -> Iterator[Any]:
@@ -97,8 +113,29 @@ class LayerwiseModel:
     def forward(self, layer: Any, states: torch.Tensor) -> torch.Tensor:
         """``states``, (n, window, hidden), through one loaded layer."""
         with self.products():
-            out: torch.Tensor = layer(states, attention_mask=None, position_embeddings=self.positions(states.shape[1]))
+            out: torch.Tensor = layer(states, **self.attend(layer, states.shape[1]))
         return out
+
+    def attention(self, layer: Any, states: torch.Tensor) -> torch.Tensor:
+        """What a loaded layer's o_proj gives for ``states``, (n, window, hidden); no norm behind it yet."""
+        found: torch.Tensor
+        with self.products():
+            found, *_ = layer.self_attn(layer.input_layernorm(states), **self.attend(layer, states.shape[1]))
+        return found
+
+    def ffn(self, layer: Any, states: torch.Tensor) -> torch.Tensor:
+        """What a loaded layer's down_proj gives for ``states``, (…, hidden); no norm behind it yet."""
+        found: torch.Tensor
+        with self.products():
+            found = layer.mlp(layer.get_submodule(self.anatomy.family.ffn_norm)(states))
+        return found
+
+    def behind(self, layer: Any, kind: Kind, given: torch.Tensor) -> torch.Tensor:
+        """What goes into the residual stream where o_proj or down_proj gives ``given``: that, or that normed."""
+        family = self.anatomy.family
+        norm = family.attention_norm_behind if kind == "attention" else family.ffn_norm_behind
+        added: torch.Tensor = given if norm is None else layer.get_submodule(norm)(given)
+        return added
 
     def products(self) -> AbstractContextManager[Any]:
         """What a layer, or a part of one, works within."""
@@ -122,5 +159,9 @@ class LayerwiseModel:
         if self._stay:
             self._output = matrix
         with self.final_norm() as norm:
-            yield lambda states: norm(states) @ matrix.T
+            cap = self.anatomy.output_softcap
+            if cap is None:
+                yield lambda states: norm(states) @ matrix.T
+            else:
+                yield lambda states: cap * torch.tanh(norm(states) @ matrix.T / cap)
         release_freed()

@@ -45,9 +45,15 @@ def score_layers(
     scores = []
     for index, seen in enumerate(statistics):
         prefix = anatomy.prefix(index)
+        down, output = weights[f"{prefix}mlp.down_proj.weight"], weights[f"{prefix}self_attn.o_proj.weight"]
+        family = anatomy.family
+        if family.ffn_norm_behind is not None:  # rows reach the residual stream through the norm's weights
+            down = down * (weights[f"{prefix}{family.ffn_norm_behind}.weight"] + family.norm_offset)[:, None]
+        if family.attention_norm_behind is not None:
+            output = output * (weights[f"{prefix}{family.attention_norm_behind}.weight"] + family.norm_offset)[:, None]
         matrices = LayerMatrices(
-            down=weights[f"{prefix}mlp.down_proj.weight"],
-            output=weights[f"{prefix}self_attn.o_proj.weight"],
+            down=down,
+            output=output,
             kv_heads=anatomy.layers[index].kv_heads,
             layer=index,
         )

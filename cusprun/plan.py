@@ -92,21 +92,24 @@ def make_plan(
     ``attention_bias`` and ``mlp_bias`` give the expert biases that the dense model lacks; those it has stay.
     Raises InvalidRequest naming the layer where the result is one that the runtimes do not compute.
     """
-    widths: list[LayerWidths] = []
+    widths: list[LayerWidths | None] = []
     for index, (kept, before) in enumerate(zip(layers, dense.layers, strict=True)):
         if kept.dropped:
+            widths.append(None)
             continue
         after = LayerWidths(len(kept.ffn), len(kept.kv_heads) * before.queries_per_kv, len(kept.kv_heads))
-        if after.ffn < min(MIN_FFN, before.ffn) or not after.possible(first=not widths):
+        possible = after.possible(first=not any(widths)) and (after.heads or dense.family.attention_goes)
+        if after.ffn < min(MIN_FFN, before.ffn) or not possible:
             raise InvalidRequest(
                 f"the plan leaves layer {index} with {after.ffn} channels and {after.kv_heads} kv heads: a layer keeps "
                 f"{MIN_FFN} channels or goes whole, and the first layer that stays keeps attention"
+                + ("" if dense.family.attention_goes else f", in {dense.family.name} every one")
             )
         widths.append(after)
-    if not widths:
+    if not any(widths):
         raise InvalidRequest("the plan leaves no layer: remove less")
     expert = replace(
-        dense.with_layers(tuple(widths)),
+        dense.with_layers(widths),
         attention_bias=dense.attention_bias or attention_bias,
         mlp_bias=dense.mlp_bias or mlp_bias,
     )

@@ -30,6 +30,7 @@ from cusprun.corpora.sources import is_cached
 from cusprun.dense import Sizes, check_folder, local_path, read_sizes
 from cusprun.errors import Failed, InvalidRequest, MissingPackage
 from cusprun.formats import format_of
+from cusprun.layouts import Limits, limits_of
 from cusprun.needs import minutes, needs
 from cusprun.recipe import WHOLE_MODEL, Recipe
 
@@ -45,6 +46,7 @@ class Prepared:
     out: Path
     name: str
     sizes: Sizes
+    limits: Limits
     download_bytes: int
     disk_bytes: int
     memory_bytes: int
@@ -61,7 +63,7 @@ class Prepared:
             recipe.general if self.scenario.given().get("domain") != "general" and dimensions != ["general"] else 0
         )
         low, high = minutes(recipe, sizes, self.artifacts)
-        method = [recipe.method, recipe.combined, cut, f"{recipe.layout} layout"]
+        method = [recipe.method, recipe.combined, cut, f"{self.limits.layout} layout"]
         if recipe.method == "refit":
             method[1:2] = [recipe.combined, recipe.form, f"widths {recipe.cuts_by}"]
         method.append(f"vocabulary {recipe.vocab}")
@@ -72,6 +74,7 @@ class Prepared:
             + (f", {general:.0%} general" if general else "")
             + f"; to fetch: {self.download_bytes / 2**20:.0f} MiB",
             f"method    {', '.join(method)}" + (f", then {recipe.recover}" if recipe.recover else ""),
+            *([f"layout    {self.limits.note}"] if self.limits.note else []),
             f"output    {self.out}: model/"
             + (f", {_formats(recipe.quant)}" if self.artifacts else "")
             + (", report/" if self.artifacts and recipe.measure else ""),
@@ -120,13 +123,15 @@ def prepare(recipe: Recipe, *, artifacts: bool = True) -> Prepared:
     out = (recipe.out or Path("experts") / name).expanduser()
     problems.add(*check_out(out, recipe))
     disk = memory = 0
+    limits: Limits | None = None
     if sizes is not None:
-        _check_model(recipe, sizes, problems)
+        limits = problems.attempt(partial(limits_of, recipe, sizes.anatomy, export=artifacts))
+        _check_model(recipe, sizes, limits, problems)
         disk, memory = needs(recipe, sizes, artifacts)
         problems.add(*_too_little(out, sizes, disk, memory, download))
-    if problems.found or sizes is None:
+    if problems.found or sizes is None or limits is None:
         raise problems.together()
-    return Prepared(recipe, scenario, own, dims, out, name, sizes, download, disk, memory, artifacts)
+    return Prepared(recipe, scenario, own, dims, out, name, sizes, limits, download, disk, memory, artifacts)
 
 
 class _Problems:
@@ -229,7 +234,7 @@ def _too_short(what: str, documents: Sequence[Document], window: int) -> list[st
     return [f"{what} holds {size} bytes, too little for {FEWEST} windows of {window} tokens: give more text"]
 
 
-def _check_model(recipe: Recipe, sizes: Sizes, problems: _Problems) -> None:
+def _check_model(recipe: Recipe, sizes: Sizes, limits: Limits | None, problems: _Problems) -> None:
     """Finds a tokenizer, a context or a size of the model that does not suit the recipe."""
     path = local_path(recipe.model)
     if path is not None and path.is_dir():
@@ -239,7 +244,8 @@ def _check_model(recipe: Recipe, sizes: Sizes, problems: _Problems) -> None:
     if recipe.vocab.isdigit() and int(recipe.vocab) > sizes.anatomy.vocab_size:
         problems.add(f"--vocab {recipe.vocab}: the model has {sizes.anatomy.vocab_size} tokens; write fewer")
     if recipe.removed_share is not None:
-        problems.attempt(partial(check_ratio, recipe, recipe.removed_share, sizes.anatomy))
+        drops = limits is not None and limits.layers_go and limits.layout == "per-layer"
+        problems.attempt(partial(check_ratio, recipe, recipe.removed_share, sizes.anatomy, drops))
 
 
 def _too_little(out: Path, sizes: Sizes, disk: int, memory: int, download: int) -> list[str]:
@@ -268,14 +274,17 @@ def _too_little(out: Path, sizes: Sizes, disk: int, memory: int, download: int) 
     return lines
 
 
-def check_ratio(recipe: Recipe, share: float, anatomy: Anatomy) -> None:
-    """Raises InvalidRequest where the model cannot lose that share of its parameters."""
+def check_ratio(recipe: Recipe, share: float, anatomy: Anatomy, layers_go: bool = True) -> None:
+    """Raises InvalidRequest where the model cannot lose that share of its parameters.
+
+    ``layers_go`` says whether measured widths may take whole layers.
+    """
     align = recipe.align or default_align(anatomy, recipe.quant)
     drops_layers = recipe.method in WHOLE_MODEL or (
-        recipe.method == "refit" and recipe.cuts_by == "measured" and recipe.layout == "per-layer"
+        recipe.method == "refit" and recipe.cuts_by == "measured" and layers_go
     )
     if drops_layers:
-        anatomy_left = anatomy.with_layers(anatomy.layers[:1])
+        anatomy_left = anatomy.with_layers([anatomy.layers[0], *[None] * (len(anatomy.layers) - 1)])
         largest = 1 - anatomy_left.parameters / anatomy.parameters * (1 - largest_ratio(anatomy_left, align))
     else:
         largest = largest_ratio(anatomy, align)

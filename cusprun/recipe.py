@@ -64,7 +64,9 @@ class Recipe(BaseModel):
     vocab: str = Field("auto", pattern=r"^(keep|auto|[1-9][0-9]*)$", description="tokens that stay")
     ratio: float | None = Field(None, gt=0, lt=1, description="share of all parameters that goes")
     epsilon: float | None = Field(None, gt=0, lt=1, description="remove what changes a layer by no more than this")
-    layout: Literal["per-layer", "uniform"] = Field("per-layer", description="widths by layer, or one for all")
+    layout: Literal["auto", "per-layer", "uniform"] = Field(
+        "auto", description="widths by layer, or one for all; auto: by layer where the export holds it"
+    )
     align: int | None = Field(None, ge=1, le=1024, description="FFN widths are multiples of this")
     tokens: int = Field(DEFAULT_TOKENS, ge=1024, description="calibration tokens, shared by the dimensions")
     window: int = Field(WINDOW, ge=16, description="tokens of one calibration window")

@@ -7,7 +7,8 @@ kept columns S become the least-squares optimum W_S = (C_S + λ W[:, S]) (H_SS +
 parallel    each layer for itself: x is the dense model's and t = W x.
 sequential  x comes from the compacted prefix, and t = (1 - α) W x + α t*, where t* would give the residual stream the
             dense model's values again: α = 0 keeps the layer's function on its new inputs, α = 1 repairs all that the
-            layers before it broke, and overfits.
+            layers before it broke, and overfits. Where a norm stands behind the matrix (Gemma), no output before it
+            gives those values: t* is what the matrix gives in the dense model.
 
 The ridge λ and α are those that, fitted on either half of the windows, leave the least error on the other.
 """
@@ -29,7 +30,7 @@ from cusprun.checkpoint import write_weights
 from cusprun.errors import Failed
 from cusprun.files import folder_written_whole
 from cusprun.gram import Gram
-from cusprun.layerwise import LayerwiseModel, check_window
+from cusprun.layerwise import Kind, LayerwiseModel, check_window
 from cusprun.least_squares import fit
 from cusprun.memory import HELD_BYTES
 from cusprun.plan import LayerPlan, Plan, make_plan
@@ -40,7 +41,6 @@ DOWN, OUTPUT = "mlp.down_proj", "self_attn.o_proj"
 BATCH_TOKENS = 4096
 MATRICES = {"attention": OUTPUT, "ffn": DOWN}
 
-Kind = Literal["attention", "ffn"]
 Action = Literal["keep", "leave out", "fit"]
 Form = Literal["parallel", "sequential"]
 Combine = Literal["intersection", "mixture", "max"]
@@ -182,7 +182,7 @@ class _Refit:
         for streams in self.streams.values():
             for states in {id(states): states for states in (streams.dense, streams.compact)}.values():
                 for batch in _batches(states):
-                    batch += part(batch)[1]
+                    batch += part.added(batch)
 
     def _leave_out(self, part: _Part) -> None:
         """The dense stream goes through the part, the compacted one passes by."""
@@ -190,7 +190,7 @@ class _Refit:
             if self.form == "sequential" and streams.compact is streams.dense:
                 streams.compact = streams.dense.clone()
             for batch in _batches(streams.dense):
-                batch += part(batch)[1]
+                batch += part.added(batch)
 
     def _moments(self, part: _Part, columns: int) -> dict[str, Gram]:
         """Takes the dense stream through the part, and the moments of the compacted stream's inputs with targets.
@@ -208,11 +208,12 @@ class _Refit:
                 streams.compact = streams.dense.clone()
             window, start = streams.dense.shape[1], 0
             for dense, compact in zip(_batches(streams.dense), _batches(streams.compact), strict=True):
-                inputs, added = part(dense)
-                dense += added
+                inputs, given = part(dense)
+                dense += part.behind(given)
                 if apart:
                     inputs, _ = part(compact)
-                gram.add_windows(inputs, start, window, (dense - compact).flatten(0, 1) if sequential else None)
+                target = given if part.normed else dense - compact
+                gram.add_windows(inputs, start, window, (target - part.bias).flatten(0, 1) if sequential else None)
                 start += len(dense)
                 if hold:
                     streams.held.append(inputs)
@@ -226,7 +227,7 @@ class _Refit:
                 inputs = next(held, None)
                 if inputs is None:
                     inputs, _ = part(compact)
-                compact += (inputs[:, columns] @ fitted.T + part.bias).unflatten(0, compact.shape[:2])
+                compact += part.behind(inputs[:, columns] @ fitted.T + part.bias).unflatten(0, compact.shape[:2])
             streams.held = []
 
     def _agreement(self) -> Literal["intersection", "max"]:
@@ -234,12 +235,17 @@ class _Refit:
 
 
 class _Part:
-    """Attention or FFN of a loaded layer: hidden states in; the inputs of its last matrix and what it adds out."""
+    """Attention or FFN of a loaded layer: hidden states in; what its last matrix takes and gives out.
+
+    ``normed`` says that what it gives is normed before it is added to the residual stream.
+    """
 
     def __init__(self, model: LayerwiseModel, layer: Any, kind: Kind) -> None:
         self.model, self.layer, self.kind = model, layer, kind
         last = layer.self_attn.o_proj if kind == "attention" else layer.mlp.down_proj
         self.bias = 0.0 if last.bias is None else last.bias
+        family = model.anatomy.family
+        self.normed = (family.attention_norm_behind if kind == "attention" else family.ffn_norm_behind) is not None
         self._last = last
 
     @property
@@ -253,16 +259,19 @@ class _Part:
         seen: list[torch.Tensor] = []
         handle = self._last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1).float()))
         try:
-            with self.model.products():
-                if self.kind == "attention":
-                    normed = self.layer.input_layernorm(states)
-                    positions = self.model.positions(states.shape[1])
-                    added = self.layer.self_attn(normed, position_embeddings=positions, attention_mask=None)[0]
-                else:
-                    added = self.layer.mlp(self.layer.post_attention_layernorm(states))
+            run = self.model.attention if self.kind == "attention" else self.model.ffn
+            given = run(self.layer, states)
         finally:
             handle.remove()
-        return seen[0], added.float()
+        return seen[0], given.float()
+
+    def added(self, states: torch.Tensor) -> torch.Tensor:
+        """What goes into the residual stream at ``states``, (n, window, hidden)."""
+        return self.behind(self(states)[1])
+
+    def behind(self, given: torch.Tensor) -> torch.Tensor:
+        """What goes into it where the last matrix gives ``given``, (…, hidden)."""
+        return self.model.behind(self.layer, self.kind, given)
 
 
 def _batches(states: torch.Tensor) -> Iterator[torch.Tensor]:

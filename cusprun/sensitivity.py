@@ -21,7 +21,7 @@ from cusprun.anatomy import Anatomy, LayerWidths
 from cusprun.anatomy.structure import MIN_FFN
 from cusprun.arithmetic import bfloat16_products
 from cusprun.gram import Gram
-from cusprun.layerwise import LayerwiseModel
+from cusprun.layerwise import Kind, LayerwiseModel
 from cusprun.least_squares import refitted
 from cusprun.progress import track
 from cusprun.refit import DOWN, OUTPUT, group_columns
@@ -50,6 +50,11 @@ class LayerSensitivity:
 
     def to_json(self) -> dict[str, Any]:
         return {"ffn": _pairs(self.ffn), "kv_heads": _pairs(self.kv_heads), "dropped": self.dropped}
+
+    def within(self, *, attention_goes: bool, layers_go: bool) -> LayerSensitivity:
+        """Without the cuts that may not be made: the attention block whole, the layer whole."""
+        heads = {width: loss for width, loss in self.kv_heads.items() if width or attention_goes}
+        return LayerSensitivity(self.ffn, heads, self.dropped if layers_go else None)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> LayerSensitivity:
@@ -156,11 +161,11 @@ class _Cuts:
         self.window = probes[0].window
         prefix = model.anatomy.prefix(index)
         down, self.down_bias = self._matrix(prefix + DOWN)
-        self.middle = torch.cat([batch.out for batch in probes]) - self.inner @ down.T - self.down_bias
+        self.middle = torch.cat([batch.out for batch in probes]) - self._behind("ffn", self.inner @ down.T)
         self.before = self.middle  # of a layer without attention
         if self.widths.kv_heads:
             output, self.output_bias = self._matrix(prefix + OUTPUT)
-            self.before = self.middle - self.read @ output.T - self.output_bias
+            self.before = self.middle - self._behind("attention", self.read @ output.T)
 
     def _matrix(self, name: str) -> tuple[torch.Tensor, torch.Tensor | float]:
         weights, device = self.model.weights, self.model.device
@@ -176,16 +181,15 @@ class _Cuts:
         for width, kept in zip(levels, choose_columns(full, [gram.mean(0)], levels, steps=STEPS), strict=True):
             columns = torch.tensor(kept)
             fitted = refitted(full, gram, columns, RIDGE).to(self.model.device)
-            states["ffn", width] = self.middle + self.inner[:, columns] @ fitted.T + self.down_bias
+            states["ffn", width] = self.middle + self._behind("ffn", self.inner[:, columns] @ fitted.T)
         if self.widths.kv_heads:
             full, gram = self._matrix(prefix + OUTPUT)[0].double().cpu(), self.heads
             run, levels = full.shape[1] // self.widths.kv_heads, head_levels(self.widths)
             for width, groups in zip(levels, choose_groups(full, [gram.mean(0)], levels, run), strict=True):
                 columns = group_columns(groups, run)
                 fitted = refitted(full, gram, columns, RIDGE).to(self.model.device)
-                states["heads", width] = self._through_ffn(
-                    self.before + self.read[:, columns] @ fitted.T + self.output_bias
-                )
+                added = self._behind("attention", self.read[:, columns] @ fitted.T)
+                states["heads", width] = self._through_ffn(self.before + added)
         return self._windows(states)
 
     def whole(self) -> dict[Cut, torch.Tensor]:
@@ -207,9 +211,14 @@ class _Cuts:
 
     @torch.no_grad()
     def _through_ffn(self, states: torch.Tensor) -> torch.Tensor:
-        with self.model.layer(self.index) as layer, self.model.products():
-            added: torch.Tensor = layer.mlp(layer.post_attention_layernorm(states))
-        return states + added
+        with self.model.layer(self.index) as layer:
+            return states + self.model.behind(layer, "ffn", self.model.ffn(layer, states))
+
+    @torch.no_grad()
+    def _behind(self, kind: Kind, product: torch.Tensor) -> torch.Tensor:
+        """What goes into the residual stream where the last matrix gives ``product`` without its bias."""
+        with self.model.layer(self.index) as layer:
+            return self.model.behind(layer, kind, product + (self.down_bias if kind == "ffn" else self.output_bias))
 
     def _windows(self, states: Mapping[Cut, torch.Tensor]) -> dict[Cut, torch.Tensor]:
         return {key: value.unflatten(0, (-1, self.window)) for key, value in states.items()}

@@ -2,9 +2,10 @@
 
 For the relative moments each token's inputs are divided by the norm of the layer's output at that token, so that a
 moment times the weights that read it is a relative change: without that a few tokens with massive activations decide
-every sum. The plain moments, and the gradients of :mod:`cusprun.gradients`, are taken where a criterion needs them.
-One decoder layer's weights are held at a time and the hidden states are carried from layer to layer, so memory does
-not grow with depth. Moments are sums with counts: those of two shards of text add up to those of both.
+every sum. Where a norm stands behind the block (Gemma) they are divided by what it divides by as well. The plain
+moments, and the gradients of :mod:`cusprun.gradients`, are taken where a criterion needs them. One decoder layer's
+weights are held at a time and the hidden states are carried from layer to layer, so memory does not grow with depth.
+Moments are sums with counts: those of two shards of text add up to those of both.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ class Batch:
     channels: torch.Tensor  # inputs of down_proj, (tokens, channels)
     heads: torch.Tensor  # inputs of o_proj, (tokens, query heads * head_dim)
     out: torch.Tensor  # hidden state after the layer, (tokens, hidden)
+    # what a norm behind the block divides by, (tokens, 1): the root of the mean square of down_proj's, o_proj's output
+    channel_norm: torch.Tensor | None = None
+    head_norm: torch.Tensor | None = None
 
 
 def walk(
@@ -76,9 +80,16 @@ def _batches(layer: Any, layers: LayerwiseModel, hidden: dict[str, torch.Tensor]
     """Takes ``hidden``, dimension to (n, window, hidden), through one layer in place."""
     seen: dict[str, torch.Tensor] = {}
 
+    norms: dict[str, torch.Tensor] = {}
+    family, eps = layers.anatomy.family, layers.anatomy.norm_eps
+
     def watch(name: str) -> Any:
+        behind = family.ffn_norm_behind if name == "ffn" else family.attention_norm_behind
+
         def hook(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
             seen[name] = inputs[0].flatten(0, 1).float()
+            if behind is not None:
+                norms[name] = (output.flatten(0, 1).float().square().mean(1, keepdim=True) + eps).sqrt()
 
         return hook
 
@@ -93,7 +104,10 @@ def _batches(layer: Any, layers: LayerwiseModel, hidden: dict[str, torch.Tensor]
                 out = layers.forward(layer, batch)
                 states[start : start + step] = out.to(states.device)
                 heads = seen["attention"] if attention else seen["ffn"][:, :0]  # a layer without attention reads none
-                yield Batch(name, start, states.shape[1], seen["ffn"], heads, out.flatten(0, 1))
+                flat = out.flatten(0, 1)
+                yield Batch(
+                    name, start, states.shape[1], seen["ffn"], heads, flat, norms.get("ffn"), norms.get("attention")
+                )
     finally:
         for handle in handles:
             handle.remove()
@@ -173,11 +187,15 @@ def _moments(
 
 
 def _relative(batch: Batch, kv_heads: int) -> UnitMoments:
-    """Moments of the inputs over the norm of the layer's output at their token."""
+    """Moments of the inputs over the norm of the layer's output at their token, and over what a norm behind takes."""
     import torch
 
     scale = batch.out.norm(dim=1, keepdim=True).clamp_min(torch.finfo(batch.out.dtype).tiny)
     channels, heads = batch.channels / scale, batch.heads / scale
+    if batch.channel_norm is not None:
+        channels = channels / batch.channel_norm
+    if batch.head_norm is not None:
+        heads = heads / batch.head_norm
     return UnitMoments(Moments.of(channels, channels.shape[1]), Moments.of(heads, kv_heads))
 
 

@@ -138,5 +138,5 @@ def _priced(
 ) -> Choice:
     """A choice with what it takes off: of the layer ``index``, or of all alike where that is None."""
     layers = [widths if index in (None, place) else layer for place, layer in enumerate(anatomy.layers)]
-    smaller = anatomy.with_layers(tuple(layer for layer in layers if layer is not None))
+    smaller = anatomy.with_layers(layers)
     return Choice(loss, weigh(anatomy) - weigh(smaller))

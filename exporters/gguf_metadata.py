@@ -8,10 +8,11 @@ from typing import Any
 
 from gguf import GGUFWriter, LlamaFileType, RopeScalingType, size_label
 
-from cusprun.anatomy import Anatomy
+from cusprun.anatomy import Anatomy, family_of
 from cusprun.errors import InvalidRequest
 from cusprun.exporters.gguf_config import read_number
 from cusprun.exporters.gguf_tensors import Rope
+from cusprun.layouts import find_host, slides
 
 # Keys that ``metadata`` may hold, beside any of one's own that starts with "cusprun.".
 GENERAL = {
@@ -27,17 +28,18 @@ Metadata = Mapping[str, str | Sequence[str]]
 
 
 def architecture(anatomy: Anatomy) -> str:
-    """llama.cpp's architecture that holds the layout: llama for equal layers, deci for layers of their own widths."""
-    return "llama" if anatomy.uniform else "deci"
+    """llama.cpp's architecture that holds the model. Raises InvalidRequest where there is none."""
+    return find_host(anatomy).arch
 
 
 def context_length(config: Mapping[str, Any]) -> int:
     """The longest text that torch and llama.cpp compute alike.
 
-    llama.cpp's llama attends to everything, so a sliding window (Mistral) ends the context where it starts to slide.
+    Where llama.cpp's architecture attends to everything, a sliding window (Mistral) ends the context where it starts
+    to slide.
     """
     longest = int(read_number(config, "max_position_embeddings", 2048))
-    if not config.get("sliding_window"):
+    if slides(family_of(dict(config))) or not config.get("sliding_window"):
         return longest
     return min(longest, int(read_number(config, "sliding_window")))
 
@@ -60,7 +62,16 @@ def write_sizes(writer: GGUFWriter, anatomy: Anatomy, config: Mapping[str, Any],
     writer.add_key_length(anatomy.head_dim)
     writer.add_value_length(anatomy.head_dim)
     writer.add_rope_dimension_count(anatomy.head_dim)
-    writer.add_layer_norm_rms_eps(float(read_number(config, "rms_norm_eps", 1e-6)))
+    read_number(config, "rms_norm_eps", anatomy.norm_eps)
+    writer.add_layer_norm_rms_eps(anatomy.norm_eps)
+    for window in {layer.window for layer in anatomy.attention if slides(anatomy.family)} - {None}:
+        writer.add_sliding_window(window)  # the sliding layers of a model share one
+    for theta in {layer.theta for layer in anatomy.attention} - {None}:
+        writer.add_rope_freq_base_swa(theta)
+    if anatomy.attention_softcap is not None:
+        writer.add_attn_logit_softcapping(anatomy.attention_softcap)
+    if anatomy.output_softcap is not None:
+        writer.add_final_logit_softcapping(anatomy.output_softcap)
     writer.add_rope_freq_base(rope.theta)
     if rope.linear_factor is not None:
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)

@@ -1,19 +1,20 @@
-"""The tensors of a Llama-type model folder under llama.cpp's names and in its layout, one at a time."""
+"""The tensors of a model folder under llama.cpp's names and in its layout, one at a time."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from cusprun.anatomy import Anatomy
+from cusprun.anatomy import Anatomy, family_of
 from cusprun.checkpoint import Weights
 from cusprun.errors import Failed, InvalidRequest
 from cusprun.exporters.gguf_config import read_number
+from cusprun.layouts import find_host
 
 BLOCK_NAMES = {
     "input_layernorm": "attn_norm",
@@ -21,23 +22,30 @@ BLOCK_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 ROPE_FREQS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One tensor of the file to write; ``source`` is its name in the model folder, None for rope_freqs."""
+    """One tensor of the file to write; ``source`` is its name in the model folder, None for rope_freqs.
+
+    The rows of the tensors called ``below`` follow those of the source.
+    """
 
     name: str
     source: str | None
     shape: tuple[int, ...]
     type: str  # F32, F16 or BF16
     rotary_heads: int  # heads whose rows are put into llama.cpp's rotary order, 0 for none
+    below: tuple[str, ...] = ()
+    added: float = 0.0  # to every entry
 
     @property
     def bytes(self) -> int:
@@ -45,24 +53,47 @@ class TensorPlan:
 
 
 def plan_tensors(anatomy: Anatomy, matrix_type: str, rope_freqs: np.ndarray | None) -> list[TensorPlan]:
-    """Every tensor in the order in which it is written: matrices in ``matrix_type``, vectors in F32."""
-    plans = [] if rope_freqs is None else [TensorPlan(ROPE_FREQS, None, rope_freqs.shape, "F32", 0)]
+    """Every tensor in the order in which it is written: matrices in ``matrix_type``, vectors in F32.
+
+    Raises InvalidRequest where no architecture of llama.cpp holds the model.
+    """
+    host = find_host(anatomy)
+    if rope_freqs is not None and not host.rope_divisors:
+        raise InvalidRequest(f"llama.cpp's {host.arch} has no rope scaling of type llama3: remove it from config.json")
+    plans = {} if rope_freqs is None else {ROPE_FREQS: TensorPlan(ROPE_FREQS, None, rope_freqs.shape, "F32", 0)}
     for source, shape in anatomy.tensor_shapes():
         name, rotary_heads = gguf_name(anatomy, source)
-        plans.append(TensorPlan(name, source, shape, matrix_type if len(shape) == 2 else "F32", rotary_heads))
-    return plans
+        if above := plans.get(name):
+            whole = (above.shape[0] + shape[0], *shape[1:])
+            plans[name] = replace(above, shape=whole, below=(*above.below, source))
+        else:
+            kind = matrix_type if len(shape) == 2 else "F32"
+            added = anatomy.family.norm_offset if source.endswith("norm.weight") else 0.0
+            plans[name] = TensorPlan(name, source, shape, kind, rotary_heads, added=added)
+    return list(plans.values())
 
 
 def gguf_name(anatomy: Anatomy, source: str) -> tuple[str, int]:
-    """llama.cpp's name of a tensor, and the heads whose rows rotate (q and k)."""
+    """llama.cpp's name of a tensor, and the heads whose rows change places (q and k, where pairs are neighbours).
+
+    Where q, k and v are one matrix there, all three have its name.
+    """
+    host, family = find_host(anatomy), anatomy.family
+    norms = {  # the same name stands before the FFN in one family and behind the attention in another
+        family.ffn_norm: "ffn_norm",
+        family.attention_norm_behind: "post_attention_norm",
+        family.ffn_norm_behind: "post_ffw_norm",
+    }
     stem, _, kind = source.rpartition(".")  # kind: weight or bias
     for layer, widths in enumerate(anatomy.layers):
         prefix = anatomy.prefix(layer)
         if source.startswith(prefix):
             inner = stem[len(prefix) :]
+            if host.fused_qkv and inner in QKV:
+                return f"blk.{layer}.attn_qkv.{kind}", 0
             rotary = {"self_attn.q_proj": widths.heads, "self_attn.k_proj": widths.kv_heads}.get(inner, 0)
-            return f"blk.{layer}.{BLOCK_NAMES[inner]}.{kind}", rotary
-    family = anatomy.family
+            rotary *= host.rotary_pairs
+            return f"blk.{layer}.{BLOCK_NAMES.get(inner) or norms[inner]}.{kind}", rotary
     outer = {family.embedding: "token_embd", family.final_norm: "output_norm", family.output: "output"}
     return f"{outer[source]}.{kind}", 0
 
@@ -78,6 +109,10 @@ def read_tensors(weights: Weights, plans: list[TensorPlan], rope_freqs: np.ndarr
             yield rope_freqs
             continue
         tensor = weights[plan.source]
+        if plan.below:
+            tensor = torch.cat([tensor, *(weights[name] for name in plan.below)])
+        if plan.added:
+            tensor = tensor.float() + plan.added
         if plan.rotary_heads:
             tensor = to_rotary_pairs(tensor, plan.rotary_heads)
         yield _encode(tensor, plan)
@@ -121,7 +156,8 @@ def read_rope(config: dict[str, Any], head_dim: int) -> Rope:
     settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(settings, dict):
         raise InvalidRequest(f"config.json: rope_parameters must be a mapping, not {settings!r:.60}")
-    theta = float(read_number(settings, "rope_theta", read_number(config, "rope_theta", 10000.0)))
+    settings = settings.get("full_attention", settings)  # of the layers that see everything, where others differ
+    theta = float(read_number(settings, "rope_theta", read_number(config, "rope_theta", family_of(config).theta)))
     rotated = read_number(config, "partial_rotary_factor", 1.0)
     if read_number(settings, "partial_rotary_factor", rotated) != 1.0:
         raise InvalidRequest("config.json has a partial_rotary_factor: llama.cpp's llama rotates whole heads only")

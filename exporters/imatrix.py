@@ -49,11 +49,12 @@ def collect_imatrix(model_dir: Path, windows: Mapping[str, np.ndarray], device: 
     sums: dict[str, np.ndarray] = {}
     for index in track(range(len(anatomy.layers)), "importance matrix, layer by layer"):
         with model.layer(index) as layer:
-            names = {
-                module: gguf_name(anatomy, f"{anatomy.prefix(index)}{name}.weight")[0]
+            modules = {  # of matrices that are one in the file, and read the same inputs, one
+                gguf_name(anatomy, f"{anatomy.prefix(index)}{name}.weight")[0]: module
                 for name, module in layer.named_modules()
                 if isinstance(module, torch.nn.Linear)
             }
+            names = {module: name for name, module in modules.items()}
             totals = {name: torch.zeros(module.in_features, dtype=torch.float64) for module, name in names.items()}
 
             def add(module: Any, inputs: tuple[torch.Tensor], _: Any, names: Any = names, totals: Any = totals) -> None:

@@ -17,7 +17,7 @@ from cusprun.anatomy import Anatomy, describe, read_config
 from cusprun.checkpoint import Weights
 from cusprun.errors import Failed, InvalidRequest
 from cusprun.exporters.onnx_folder import DATA, GRAPH, write_beside
-from cusprun.exporters.onnx_graph import Decoder, build_model
+from cusprun.exporters.onnx_graph import Decoder, Tables, build_model
 from cusprun.exporters.onnx_matrices import Blocks, Dynamic, Float, Multiplies, Source
 from cusprun.files import folder_written_whole, sha256_tree
 from cusprun.onnx_types import BLOCK_SIZES, NAMES, OUTPUT_BITS, TYPES
@@ -111,7 +111,7 @@ class OnnxExport:
         else:
             multiplies = Dynamic(source) if TYPES[quant].weight == "dynamic" else Float(source)
         decoder = _decoder(model_dir, self.anatomy, context)
-        self.positions = len(decoder.cosines)
+        self.positions = decoder.positions
         self._model = build_model(decoder, source, multiplies)
 
     @property
@@ -141,31 +141,36 @@ class OnnxExport:
 
 
 def _decoder(folder: Path, anatomy: Anatomy, context: int | None) -> Decoder:
-    config = read_config(folder)
-    trained = int(config.get("max_position_embeddings") or 2048)
+    trained = int(read_config(folder).get("max_position_embeddings") or 2048)
     if context is not None and not 1 <= context <= trained:
         raise InvalidRequest(f"a context of {context} tokens was asked for: the model was trained for {trained}")
-    window = config.get("sliding_window")
-    cosines, sines = rotary_tables(folder, context or min(trained, LONGEST_CONTEXT))
-    return Decoder(
-        anatomy, float(config.get("rms_norm_eps", 1e-6)), cosines, sines, int(window) if window is not None else None
-    )
+    positions = context or min(trained, LONGEST_CONTEXT)
+    bases = {layer.theta for layer in anatomy.attention}
+    return Decoder(anatomy, {base: rotary_tables(folder, positions, anatomy.head_dim, base) for base in bases})
 
 
-def rotary_tables(folder: Path, positions: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines of the rotary embedding, each (positions, head_dim / 2) float32, as transformers makes them.
+def rotary_tables(folder: Path, positions: int, head_dim: int, theta: float | None = None) -> Tables:
+    """Cosines and sines of the rotary embedding, each (positions, head_dim / 2) float32.
 
-    Raises InvalidRequest for scalings whose angles change with the length of the text.
+    They are transformers' own, of the layers that see everything; with ``theta`` the plain ones to that base. Raises
+    InvalidRequest for scalings whose angles change with the length of the text.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    steps = torch.arange(positions)
+    if theta is not None:
+        frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        angles = steps[:, None].float() * frequencies
+        return angles.cos().numpy(), angles.sin().numpy()
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    settings = getattr(config, "rope_parameters", None) or {}
+    kinds = {"layer_type": "full_attention"} if "full_attention" in settings else {}
+    kind = settings.get("full_attention", settings).get("rope_type", "default")
     if kind not in STATIC_ROPE:
         raise InvalidRequest(f"rope scaling {kind!r} is not exported to ONNX; {', '.join(STATIC_ROPE)} are")
     with torch.device("meta"):
         rotary = type(AutoModelForCausalLM.from_config(config).model.rotary_emb)
-    cosines, sines = rotary(config)(torch.zeros(1), torch.arange(positions).unsqueeze(0))
-    half = cosines.shape[-1] // 2
+    cosines, sines = rotary(config)(torch.zeros(1), steps.unsqueeze(0), **kinds)
+    half = head_dim // 2
     return cosines[0, :, :half].numpy(), sines[0, :, :half].numpy()

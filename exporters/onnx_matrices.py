@@ -58,13 +58,13 @@ class Source:
         """The matrix in float32, (outputs, inputs)."""
         return np.concatenate([self.weights[part].float().numpy() for part in matrix.parts])
 
-    def vector(self, graph: Operators, name: str, parts: Sequence[str]) -> ir.Value:
-        """An initializer of one-dimensional tensors, one after the other, in the graph's element type."""
+    def vector(self, graph: Operators, name: str, parts: Sequence[str], offset: float = 0.0) -> ir.Value:
+        """An initializer of one-dimensional tensors plus ``offset``, one after the other, in the graph's type."""
         length = sum(self.weights.shape(part)[0] for part in parts)
-        return self.lazy(graph, name, (length,), self.element, lambda: self._joined(parts))
+        return self.lazy(graph, name, (length,), self.element, lambda: self._joined(parts, offset))
 
-    def _joined(self, parts: Sequence[str]) -> np.ndarray:
-        return np.concatenate([self.cast(self.weights[part].float().numpy(), part) for part in parts])
+    def _joined(self, parts: Sequence[str], offset: float) -> np.ndarray:
+        return np.concatenate([self.cast(self.weights[part].float().numpy() + offset, part) for part in parts])
 
     def cast(self, values: np.ndarray, name: str) -> np.ndarray:
         """``values`` in the graph's element type. Raises Failed where they are beyond it."""

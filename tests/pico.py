@@ -49,7 +49,7 @@ def save_tokenizer(folder: Path, vocab: int = 512, chat: bool = True) -> None:
 
 
 def save_model(folder: Path, family: str = "llama", seed: int = 0, chat: bool = True, **overrides: Any) -> Path:
-    """A random model of ``family`` (llama, mistral) with its tokenizer as a Hugging Face folder.
+    """A random model of ``family`` (llama, mistral, qwen3 ...) with its tokenizer as a Hugging Face folder.
 
     Hidden 64, 3 layers, FFN 128, 4 query heads on 2 kv heads of 16; ``overrides`` go into the config.
     Weights are scaled up so that logits differ clearly from token to token.

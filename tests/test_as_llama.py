@@ -13,10 +13,11 @@ import torch
 from cusprun.anatomy import describe
 from cusprun.as_llama import as_llama, llama_config
 from cusprun.checkpoint import load_model
-from cusprun.dense import describe_model, find_dense
+from cusprun.dense import find_dense
 from cusprun.errors import InvalidRequest
 from cusprun.exporters.gguf import export_gguf
 from cusprun.exporters.proof import prove_gguf
+from cusprun.inspection import describe_model
 from tests import pico
 
 IDS = np.random.default_rng(1).integers(3, 400, (3, 48))

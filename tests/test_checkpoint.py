@@ -36,7 +36,7 @@ def random_per_layer(folder: Path, family: str) -> Path:
     return out
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "smollm3", "gemma2", "gemma3_text"])
 def test_per_layer_models_load_generate_and_save(tmp_path: Path, family: str) -> None:
     folder = random_per_layer(tmp_path, family)
     model = load_model(folder)
@@ -61,7 +61,10 @@ def test_per_layer_models_load_generate_and_save(tmp_path: Path, family: str) ->
      "import cusprun; import transformers.models.llama.modeling_llama",
      "import cusprun; import transformers.models.mistral.modeling_mistral",
      "import cusprun.anatomy.sliced_model", "import cusprun.anatomy.llama_per_layer",
-     "import cusprun.anatomy.mistral_per_layer"],
+     "import cusprun.anatomy.mistral_per_layer", "import cusprun; import transformers.models.qwen3.modeling_qwen3",
+     "import cusprun.anatomy.qwen3_per_layer", "import cusprun.anatomy.smollm3_per_layer",
+     "import cusprun.anatomy.gemma2_per_layer", "import cusprun.anatomy.gemma3_per_layer",
+     "import cusprun; import transformers.models.gemma3.modeling_gemma3"],
 )  # fmt: skip
 def test_importing_cusprun_registers_in_any_order(tmp_path: Path, first: str) -> None:
     folder = random_per_layer(tmp_path, "llama")

@@ -65,7 +65,9 @@ def test_inspect_prints_one_json_document(pico_model: Path) -> None:
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert found["family"] == "llama"
-    assert found["layers"][2] == {"layer": 2, "ffn": 128, "heads": 4, "kv_heads": 2}
+    assert found["layers"][2] == {
+        "layer": 2, "ffn": 128, "heads": 4, "kv_heads": 2, "rotates": True, "window": None
+    }  # fmt: skip
 
 
 def test_rooms_import_downward_only() -> None:

@@ -28,6 +28,11 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "biases-mha-untied": ("llama", {"attention_bias": True, "num_key_value_heads": 4, "tie_word_embeddings": False}),
     "mistral": ("mistral", {"tie_word_embeddings": False}),
+    "qwen3": ("qwen3", {}),
+    "qwen3-untied": ("qwen3", {"tie_word_embeddings": False, "head_dim": 24}),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5, "no_rope_layer_interval": 2}),
+    "gemma2": ("gemma2", {}),
+    "gemma3": ("gemma3_text", {"num_hidden_layers": 7, "head_dim": 24}),
     "wide-heads": ("llama", {"head_dim": 32}),
 }
 

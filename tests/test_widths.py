@@ -31,7 +31,7 @@ def sensitivities(anatomy: Anatomy, prices: list[float], dropped: float = 9.0) -
 
 
 def share(anatomy: Anatomy, layers: tuple[LayerWidths | None, ...], rows: int | None = None) -> float:
-    smaller = anatomy.with_layers(tuple(layer for layer in layers if layer is not None))
+    smaller = anatomy.with_layers(layers)
     if rows is not None:
         smaller = smaller.with_vocabulary(rows)
     return 1 - smaller.parameters / anatomy.parameters
@@ -49,7 +49,7 @@ def test_the_cheap_layer_is_cut_and_the_budget_met(anatomy: Anatomy) -> None:
 
 
 def test_a_layer_that_costs_nothing_goes_whole_but_not_the_first(anatomy: Anatomy) -> None:
-    target = anatomy.parameters - anatomy.with_layers(anatomy.layers[1:]).parameters
+    target = anatomy.parameters - anatomy.with_layers((None, *anatomy.layers[1:])).parameters
     found = solve_widths(anatomy, sensitivities(anatomy, [1.0, 1.0, 1.0], dropped=0.0), target, align=8)
     assert found.layers[0] == anatomy.layers[0]
     assert found.layers.count(None) == 1

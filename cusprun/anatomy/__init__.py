@@ -9,13 +9,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cusprun.anatomy import llama, mistral
+from cusprun.anatomy import gemma2, gemma3, llama, mistral, qwen3, smollm3
+from cusprun.anatomy.refusals import why_not
 from cusprun.anatomy.sliced import SLICED_TYPE, WHY_NOT, SlicedAnatomy, describe_sliced
-from cusprun.anatomy.structure import Anatomy, Coupling, Family, LayerWidths
+from cusprun.anatomy.structure import Anatomy, Coupling, Family, LayerAttention, LayerWidths, read_positive
 from cusprun.as_llama import READ
 from cusprun.errors import InvalidRequest
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY, mistral.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    llama.FAMILY,
+    mistral.FAMILY,
+    qwen3.FAMILY,
+    smollm3.FAMILY,
+    gemma2.FAMILY,
+    gemma3.FAMILY,
+)
+ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}  # and their names in a config.json
 
 __all__ = [
     "FAMILIES",
@@ -23,6 +32,7 @@ __all__ = [
     "Anatomy",
     "Coupling",
     "Family",
+    "LayerAttention",
     "LayerWidths",
     "SlicedAnatomy",
     "describe",
@@ -48,7 +58,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def family_of(config: dict[str, Any]) -> Family:
-    """The family that a config.json belongs to. Raises InvalidRequest naming the families there are."""
+    """The family that a config.json belongs to.
+
+    Raises InvalidRequest for any other, naming the type, what kind of model that is and the families there are.
+    """
     model_type = config.get("model_type")
     if model_type == SLICED_TYPE:
         raise InvalidRequest(f"a model of type {SLICED_TYPE} is neither exported nor pruned: {WHY_NOT}")
@@ -56,7 +69,9 @@ def family_of(config: dict[str, Any]) -> Family:
         if model_type in (family.name, family.per_layer_name):
             return family
     known = ", ".join([*(family.name for family in FAMILIES), *READ])
-    raise InvalidRequest(f"models of type {model_type!r} are not supported; supported families: {known}")
+    raise InvalidRequest(
+        f"models of type {model_type!r} are not supported: {why_not(config)}; supported families: {known}"
+    )
 
 
 def describe(folder: Path) -> Anatomy:
@@ -70,10 +85,9 @@ def describe(folder: Path) -> Anatomy:
 def describe_config(config: dict[str, Any], folder: str) -> Anatomy:
     """:func:`describe` of a config.json that is read already; ``folder`` names it in messages."""
     family = family_of(config)
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise InvalidRequest(
-            f"{folder}: hidden_act is {config['hidden_act']!r}; the gated FFN of {family.name} uses silu"
-        )
+    field, names = family.activation_field, ACTIVATIONS[family.activation]
+    if config.get(field, names[0]) not in names:
+        raise InvalidRequest(f"{folder}: {field} is {config[field]!r}; the gated FFN of {family.name} uses {names[0]}")
 
     def size(key: str, default: int | None = None) -> int:
         value = config.get(key)
@@ -103,12 +117,12 @@ def describe_config(config: dict[str, Any], folder: str) -> Anatomy:
             )
         )
     for index, layer in enumerate(widths):
-        if not layer.possible(first=index == 0):
+        if not layer.possible(first=index == 0) or not (layer.heads or family.attention_goes):
             raise InvalidRequest(
                 f"{folder}/config.json: layer {index} has {layer.heads} query heads on {layer.kv_heads} kv heads, "
                 f"{layer.ffn} channels"
             )
-    biases = family.biases or config.get("model_type") == family.per_layer_name
+    biases = ("attention_bias", "mlp_bias") if config.get("model_type") == family.per_layer_name else family.biases
     return Anatomy(
         family=family,
         hidden_size=hidden,
@@ -116,6 +130,9 @@ def describe_config(config: dict[str, Any], folder: str) -> Anatomy:
         vocab_size=size("vocab_size"),
         layers=tuple(widths),
         tied=bool(config.get("tie_word_embeddings", family.tied_default)),
-        attention_bias=bool(config.get("attention_bias", False)) if biases else False,
-        mlp_bias=bool(config.get("mlp_bias", False)) if biases else False,
+        attention_bias="attention_bias" in biases and bool(config.get("attention_bias", False)),
+        mlp_bias="mlp_bias" in biases and bool(config.get("mlp_bias", False)),
+        attention=family.attention(config, layers, folder),
+        norm_eps=read_positive(config, "rms_norm_eps", 1e-6, folder) or 1e-6,
+        **family.scaling(config, folder),
     )

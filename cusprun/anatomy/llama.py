@@ -29,7 +29,7 @@ FAMILY = Family(
     embedding="model.embed_tokens.weight",
     output="lm_head.weight",
     final_norm="model.norm.weight",
-    biases=True,
+    biases=("attention_bias", "mlp_bias"),
     tied_default=False,
     heads_divide_hidden=True,
 )

@@ -45,14 +45,17 @@ class FeedForwardOnly:
         return changed
 
 
-def resize_layers(model: Any, config: Any, without_attention: type) -> None:
+def resize_layers(model: Any, config: Any, without_attention: type | None) -> None:
     """Replaces the linear maps of every decoder layer by ones of that layer's widths.
 
-    Layers without heads become ``without_attention``; they leave their place in the cache empty.
+    Layers without heads become ``without_attention``; they leave their place in the cache empty. Raises ValueError
+    where there are such layers and the family has no class for them.
     """
     attention_bias, mlp_bias = bool(config.attention_bias), bool(config.mlp_bias)
     for index, widths in enumerate(layer_widths(config)):
         if widths.heads == 0:
+            if without_attention is None:
+                raise ValueError(f"layer {index} has no heads, and {config.model_type} computes no layer without")
             model.model.layers[index] = without_attention(config, index)
         layer, hidden = model.model.layers[index], config.hidden_size
         maps = [

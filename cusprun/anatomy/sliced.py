@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from cusprun.anatomy.structure import Anatomy, Family
+from cusprun.errors import InvalidRequest
 
 SLICED_TYPE = "cusprun_slicegpt"
+SLICEABLE = ("llama", "mistral")
 SLICED_CLASS = "CusprunSlicedForCausalLM"
 WHY_NOT = (
     "it was sliced by slicegpt and holds a matrix on every residual connection, which no stock architecture of GGUF or "
@@ -85,13 +87,21 @@ class SlicedAnatomy:
         yield self.family.output, (dense.vocab_size, self.head_width)
 
 
+def check_sliceable(anatomy: Anatomy) -> None:
+    """Raises InvalidRequest where the family is not one that the sliced classes compute."""
+    if anatomy.family.name not in SLICEABLE:
+        raise InvalidRequest(
+            f"--method slicegpt is not described for {anatomy.family.name}: it slices {', '.join(SLICEABLE)}; choose "
+            "another method"
+        )
+
+
 def describe_sliced(folder: Path) -> SlicedAnatomy:
     """Sizes of the sliced model in ``folder``, from its config.json.
 
     Raises InvalidRequest where a size is missing or impossible.
     """
     from cusprun.anatomy import describe_config, read_config
-    from cusprun.errors import InvalidRequest
 
     config = read_config(folder)
     dense = describe_config({**config, "model_type": "llama"}, str(folder))

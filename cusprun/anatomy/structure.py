@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
+
+from cusprun.errors import InvalidRequest
 
 Unit = Literal["ffn", "heads", "kv_heads"]
 
@@ -26,6 +28,43 @@ class Coupling:
 
 
 @dataclass(frozen=True)
+class LayerAttention:
+    """How one layer attends: what its widths do not say."""
+
+    rotates: bool = True  # q and k carry a rotary embedding
+    window: int | None = None  # tokens that a query sees, its own included; None for all before it
+    theta: float | None = None  # base of the rotary embedding where the layer has one of its own
+
+
+def plain_attention(config: dict[str, Any], layers: int, folder: str) -> tuple[LayerAttention, ...]:
+    """Every layer rotates and sees all that came before."""
+    return (LayerAttention(),) * layers
+
+
+def no_settings(attention: Sequence[LayerAttention]) -> dict[str, Any]:
+    """Nothing in config.json tells the layers' attention apart."""
+    return {}
+
+
+def no_scaling(config: dict[str, Any], folder: str) -> dict[str, float | None]:
+    """Scores are scaled by head_dim^-½, and nothing is capped."""
+    return {}
+
+
+def read_positive(config: dict[str, Any], key: str, default: float | None, folder: str) -> float | None:
+    """A number above 0 of a config.json, ``default`` where the key is not there; null is None.
+
+    Raises InvalidRequest for anything else.
+    """
+    value = config.get(key, default)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise InvalidRequest(f"{folder}/config.json: {key} must be a number above 0, not {value!r}")
+    return float(value)
+
+
+@dataclass(frozen=True)
 class Family:
     """What differs between model families."""
 
@@ -38,9 +77,29 @@ class Family:
     embedding: str
     output: str
     final_norm: str
-    biases: bool  # attention_bias and mlp_bias exist in the config
+    biases: tuple[str, ...]  # of attention_bias and mlp_bias, those that the stock config has
     tied_default: bool
     heads_divide_hidden: bool  # stock config refuses head counts that do not divide the hidden size
+    activation: Literal["silu", "gelu_tanh"] = "silu"  # of the FFN's gate
+    activation_field: str = "hidden_act"  # of config.json
+    theta: float = 10000.0  # base of the rotary embedding where config.json names none
+    qk_norms: bool = False  # each head of q and of k is normed before it rotates, with weights (head_dim,)
+    ffn_norm: str = "post_attention_layernorm"  # before the FFN; input_layernorm is before the attention
+    attention_norm_behind: str | None = None  # of what the attention adds to the residual stream
+    ffn_norm_behind: str | None = None  # of what the FFN adds
+    norm_offset: float = 0.0  # that every norm adds to its weights
+    scales_embedding: bool = False  # the embedding is multiplied by the root of the hidden size
+    attention_goes: bool = True  # layers without an attention block are computed
+    # config, count of layers and the folder's name to the attention of every layer; refuses variants by InvalidRequest
+    attention: Callable[[dict[str, Any], int, str], tuple[LayerAttention, ...]] = plain_attention
+    attention_settings: Callable[[Sequence[LayerAttention]], dict[str, Any]] = no_settings  # the way back
+    # config and the folder's name to query_scale, attention_softcap and output_softcap of the anatomy
+    scaling: Callable[[dict[str, Any], str], dict[str, float | None]] = no_scaling
+
+    @property
+    def module(self) -> str:
+        """Name of the family's module in transformers."""
+        return self.name.removesuffix("_text")
 
 
 @dataclass(frozen=True)
@@ -81,6 +140,20 @@ class Anatomy:
     tied: bool
     attention_bias: bool  # q, k, v and o have biases, in every layer
     mlp_bias: bool  # gate, up and down have
+    attention: tuple[LayerAttention, ...] = ()  # of every layer; plain where none is given
+    norm_eps: float = 1e-6
+    query_scale: float | None = None  # of q before k reads it; head_dim^-½ where it is None
+    attention_softcap: float | None = None  # c tanh(s / c) of the attention's scores
+    output_softcap: float | None = None  # of the logits
+
+    def __post_init__(self) -> None:
+        if not self.attention:
+            object.__setattr__(self, "attention", (LayerAttention(),) * len(self.layers))
+
+    @property
+    def attention_scale(self) -> float:
+        """What q·k is multiplied by."""
+        return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
 
     @property
     def uniform(self) -> bool:
@@ -90,8 +163,12 @@ class Anatomy:
     def prefix(self, layer: int) -> str:
         return self.family.layer_prefix.format(layer)
 
-    def with_layers(self, layers: tuple[LayerWidths, ...]) -> Anatomy:
-        return replace(self, layers=layers)
+    def with_layers(self, layers: Sequence[LayerWidths | None]) -> Anatomy:
+        """The same with other widths in each layer, and without those that are None."""
+        stay = [
+            (widths, attention) for widths, attention in zip(layers, self.attention, strict=True) if widths is not None
+        ]
+        return replace(self, layers=tuple(w for w, _ in stay), attention=tuple(a for _, a in stay))
 
     def with_vocabulary(self, rows: int) -> Anatomy:
         return replace(self, vocab_size=rows)
@@ -115,19 +192,22 @@ class Anatomy:
         return attention + 3 * widths.ffn * self.hidden_size
 
     def attention_parameters(self, widths: LayerWidths) -> int:
-        """Parameters of a layer's attention block: what goes when it is removed whole, its norm included."""
+        """Parameters of a layer's attention block: what goes when it is removed whole, its norms included."""
         if widths.heads == 0:
             return 0
         matrices = 2 * (widths.heads + widths.kv_heads) * self.head_dim * self.hidden_size
         rows = (widths.heads + 2 * widths.kv_heads) * self.head_dim + self.hidden_size
-        return matrices + (rows if self.attention_bias else 0) + self.hidden_size
+        norms = self.hidden_size * (2 if self.family.attention_norm_behind else 1)
+        norms += 2 * self.head_dim if self.family.qk_norms else 0
+        return matrices + (rows if self.attention_bias else 0) + norms
 
     def ffn_parameters(self, widths: LayerWidths) -> int:
-        """Parameters of a layer's FFN with its norm; 0 for a layer that is not there."""
+        """Parameters of a layer's FFN with its norms; 0 for a layer that is not there."""
         if widths.ffn == 0:
             return 0
         rows = 2 * widths.ffn + self.hidden_size
-        return 3 * widths.ffn * self.hidden_size + (rows if self.mlp_bias else 0) + self.hidden_size
+        norms = self.hidden_size * (2 if self.family.ffn_norm_behind else 1)
+        return 3 * widths.ffn * self.hidden_size + (rows if self.mlp_bias else 0) + norms
 
     def layer_parameters(self, widths: LayerWidths) -> int:
         return self.attention_parameters(widths) + self.ffn_parameters(widths)
@@ -163,7 +243,12 @@ class Anatomy:
             )
             if widths.heads:
                 yield f"{prefix}input_layernorm.weight", (hidden,)
-            yield f"{prefix}post_attention_layernorm.weight", (hidden,)
+            if widths.heads and self.family.qk_norms:
+                yield f"{prefix}self_attn.q_norm.weight", (dim,)
+                yield f"{prefix}self_attn.k_norm.weight", (dim,)
+            behind = (self.family.attention_norm_behind if widths.heads else None, self.family.ffn_norm_behind)
+            for norm in (self.family.ffn_norm, *filter(None, behind)):
+                yield f"{prefix}{norm}.weight", (hidden,)
             for name, rows, columns, bias in (*(attention if widths.heads else ()), *ffn):
                 yield f"{prefix}{name}.weight", (rows, columns)
                 if bias:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from cusprun.anatomy import SLICED_TYPE, Anatomy, SlicedAnatomy, read_config
-from cusprun.anatomy.sliced import SLICED_CLASS
+from cusprun.anatomy.sliced import SLICED_CLASS, check_sliceable
 from cusprun.checkpoint import Weights, write_weights
 from cusprun.dense import copy_companions
 from cusprun.errors import Failed, InvalidRequest
@@ -44,8 +44,9 @@ def slicegpt(
 
     ``windows`` maps each dimension to token ids, (n, window) int64. The output head stays whole unless ``slice_head``
     (the authors' default). ``note`` joins what config.json says under ``cusprun``. Raises InvalidRequest where the
-    layers differ or no width reaches the ratio, Failed where a hidden state is not finite.
+    family is another, layers differ or no width reaches the ratio, Failed where a hidden state is not finite.
     """
+    check_sliceable(anatomy)
     sizes = solve_width(anatomy, ratio, slice_head=slice_head)
     reached = f"{1 - sizes.parameters / anatomy.parameters:.1%} of all parameters go (wanted {ratio:.1%})"
     say(f"{NAME}: hidden size {anatomy.hidden_size} -> {sizes.width}, {reached}")
