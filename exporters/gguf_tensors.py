@@ -30,6 +30,8 @@ BLOCK_NAMES = {
 }
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 ROPE_FREQS = "rope_freqs.weight"
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+SCALINGS = {"linear": ("factor",), "llama3": LLAMA3}  # and the settings that each needs
 
 
 @dataclass(frozen=True)
@@ -161,9 +163,11 @@ def read_rope(config: dict[str, Any], head_dim: int) -> Rope:
     rotated = read_number(config, "partial_rotary_factor", 1.0)
     if read_number(settings, "partial_rotary_factor", rotated) != 1.0:
         raise InvalidRequest("config.json has a partial_rotary_factor: llama.cpp's llama rotates whole heads only")
-    kind = settings.get("rope_type") or settings.get("type") or "default"
+    kind = str(settings.get("rope_type") or settings.get("type") or "default")
     if kind == "default":
         return Rope(theta, None, None)
+    if missing := [key for key in SCALINGS.get(kind, ()) if settings.get(key) is None]:
+        raise InvalidRequest(f"config.json has rope scaling {kind!r} without {missing[0]!r}")
     if kind == "linear":
         return Rope(theta, float(read_number(settings, "factor")), None)
     if kind == "llama3":
@@ -173,8 +177,7 @@ def read_rope(config: dict[str, Any], head_dim: int) -> Rope:
 
 def _llama3_divisors(settings: dict[str, Any], theta: float, head_dim: int) -> np.ndarray:
     """Divisor of each pair's frequency, as transformers' ``_compute_llama3_parameters`` scales them."""
-    factor, low, high = (read_number(settings, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    context = read_number(settings, "original_max_position_embeddings")
+    factor, low, high, context = (read_number(settings, key) for key in LLAMA3)
     frequencies = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     wavelengths = 2 * np.pi / frequencies
     smooth = (context / wavelengths - low) / (high - low)
