@@ -80,6 +80,8 @@ def test_scores_rank_units_as_their_removal_does(folder: Path, layer: int) -> No
     anatomy = describe(folder)
     units = [Unit("ffn", index) for index in range(0, 128, 2)]
     found = ablate(load_model(folder), IDS[:3], layer, units, loss=False)
+    with pytest.raises(ValueError, match="whose layers attend alike"):
+        ablate(load_model(folder), IDS[:3], layer, units)
     changes = np.array([each.layer_change for each in found])
     seen = collect(folder, anatomy, {"t": IDS[:3]})
     scores = score_layers(Weights(folder), anatomy, seen, "cus-prun", "mixture")[layer]

@@ -52,8 +52,11 @@ def ablate(model: Any, windows: np.ndarray, layer: int, units: Sequence[Unit], *
     """Takes each of ``units`` out of one layer of a transformers causal LM, alone, and puts it back.
 
     ``windows`` are token ids, (n, window) int64. One window's hidden states are held at a time; with ``loss`` every
-    unit costs a run of the layers from this one on and of the output head, without it of this layer alone.
+    unit costs a run of the layers from this one on and of the output head, without it of this layer alone. Raises
+    ValueError where losses are asked for and the layers attend in several ways (Gemma): they are run alike here.
     """
+    if loss and len(set(getattr(model.config, "layer_types", None) or [None])) > 1:
+        raise ValueError("losses are taken of models whose layers attend alike: ask for loss=False")
     block = model.model.layers[layer]
     block_squares = np.zeros(len(units))
     layer_squares = np.zeros(len(units))

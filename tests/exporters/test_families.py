@@ -23,6 +23,7 @@ from tests.exporters.models import make, windows
 from tests.exporters.test_parity import assert_equal, compare
 
 SCALAR = {"query_pre_attn_scalar": 16}
+LINEAR = {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}}
 # family, settings of the config, layout -> llama.cpp's architecture
 FILES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "qwen3": ("qwen3", {}, "uniform", "qwen3"),
@@ -64,6 +65,8 @@ FILES: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "uniform",
         "gemma3",
     ),
+    "qwen3, scaled": ("qwen3", LINEAR, "uniform", "qwen3"),
+    "qwen3, per layer, scaled": ("qwen3", LINEAR, "per-layer", "openelm"),
     "qwen3, per layer, wide heads": ("qwen3", {"head_dim": 32}, "per-layer", "openelm"),
 }
 
