@@ -66,7 +66,7 @@ def test_inspect_prints_one_json_document(pico_model: Path) -> None:
     found = json.loads(done.stdout)
     assert found["family"] == "llama"
     assert found["layers"][2] == {
-        "layer": 2, "ffn": 128, "heads": 4, "kv_heads": 2, "rotates": True, "window": None
+        "layer": 2, "ffn": 128, "heads": 4, "kv_heads": 2, "rotates": True, "window": None, "theta": None
     }  # fmt: skip
 
 
