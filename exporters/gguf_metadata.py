@@ -64,9 +64,10 @@ def write_sizes(writer: GGUFWriter, anatomy: Anatomy, config: Mapping[str, Any],
     writer.add_rope_dimension_count(anatomy.head_dim)
     read_number(config, "rms_norm_eps", anatomy.norm_eps)
     writer.add_layer_norm_rms_eps(anatomy.norm_eps)
-    for window in {layer.window for layer in anatomy.attention if slides(anatomy.family)} - {None}:
+    sliding = anatomy.attention if slides(anatomy.family) else ()
+    for window in {layer.window for layer in sliding if layer.window is not None}:
         writer.add_sliding_window(window)  # the sliding layers of a model share one
-    for theta in {layer.theta for layer in anatomy.attention} - {None}:
+    for theta in {layer.theta for layer in anatomy.attention if layer.theta is not None}:
         writer.add_rope_freq_base_swa(theta)
     if anatomy.attention_softcap is not None:
         writer.add_attn_logit_softcapping(anatomy.attention_softcap)
