@@ -55,7 +55,7 @@ def test_artifact_of_a_folder(expert: Path, tmp_path: Path) -> None:
 
 
 def test_artifacts_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match=r"model folder .* or a \.gguf file"):
+    with pytest.raises(InvalidRequest, match=r"model folder .*, a \.gguf file or an ONNX folder"):
         find_artifact(tmp_path)
     with pytest.raises(InvalidRequest, match="absent"):
         find_artifact(tmp_path / "absent")
