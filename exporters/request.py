@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -158,6 +159,7 @@ def _write_gguf(model: Path, target: Path, quant: str, settings: Settings, matri
     if matrix is not None and settings.corpus is not None:
         settings = replace(settings, imatrix=matrix, corpus=None)
     folder = aside(target)
+    made = _missing_parents(target)
     folder.mkdir(parents=True)
     try:
         report = _gguf(model, folder / target.name, quant, settings, dry_run=False)
@@ -173,10 +175,23 @@ def _write_gguf(model: Path, target: Path, quant: str, settings: Settings, matri
         return Exported(replace(report, path=target.with_name(report.path.name), parts=moved), proof)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        _remove_empty(made)
+
+
+def _missing_parents(target: Path) -> list[Path]:
+    """Folders that have to be made for ``target``, the innermost first."""
+    return [parent for parent in target.absolute().parents if not parent.exists()]
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # it holds what was written
+            folder.rmdir()
 
 
 def _write_onnx(export: OnnxExport, target: Path, settings: Settings) -> Exported:
     folder = aside(target)
+    made = _missing_parents(target)
     try:
         report = export.write(folder)
         proof = None
@@ -187,6 +202,7 @@ def _write_onnx(export: OnnxExport, target: Path, settings: Settings) -> Exporte
         return Exported(replace(report, path=target), proof)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        _remove_empty(made)
 
 
 def proof_windows(model_dir: Path, most: int = PROOF_TOKENS) -> np.ndarray:
