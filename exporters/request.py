@@ -15,7 +15,7 @@ import numpy as np
 
 from cusprun.as_llama import as_llama
 from cusprun.checkpoint import load_tokenizer
-from cusprun.errors import InvalidRequest
+from cusprun.errors import Failed, InvalidRequest
 from cusprun.exporters.gguf import GgufReport
 from cusprun.exporters.gguf_prediction import Prediction
 from cusprun.exporters.gguf_request import export_folder
@@ -160,8 +160,8 @@ def _write_gguf(model: Path, target: Path, quant: str, settings: Settings, matri
         settings = replace(settings, imatrix=matrix, corpus=None)
     folder = aside(target)
     made = _missing_parents(target)
-    folder.mkdir(parents=True)
     try:
+        folder.mkdir(parents=True)
         report = _gguf(model, folder / target.name, quant, settings, dry_run=False)
         assert isinstance(report, GgufReport)
         proof = None
@@ -173,6 +173,8 @@ def _write_gguf(model: Path, target: Path, quant: str, settings: Settings, matri
             os.replace(file, target.with_name(file.name))
         moved = tuple(target.with_name(part.name) for part in report.parts)
         return Exported(replace(report, path=target.with_name(report.path.name), parts=moved), proof)
+    except OSError as error:
+        raise Failed(f"{target} could not be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         _remove_empty(made)
@@ -200,6 +202,8 @@ def _write_onnx(export: OnnxExport, target: Path, settings: Settings) -> Exporte
             proof = prove_onnx(folder, export.model_dir, export.quant, windows, threads=settings.threads)
         os.rename(folder, target)
         return Exported(replace(report, path=target), proof)
+    except OSError as error:
+        raise Failed(f"{target} could not be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         _remove_empty(made)
