@@ -17,6 +17,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ class Exports:
                     expert, texts, against=dense, max_tokens=self.options.eval_tokens, threads=self.options.threads,
                     special=True,
                 )  # fmt: skip
-                self.found["quality"][label] = {name: pair.as_json() for name, pair in pairs.items()}
+                self.found["quality"][label] = {name: asdict(pair) for name, pair in pairs.items()}
                 write_json(self.path, self.found)
         for label in labels:
             if label not in self.found["speed"]:
@@ -137,7 +138,7 @@ def table(found: dict[str, Any]) -> list[list[str]]:
         cells += [f"{decode:.2f}×", f"{prefill:.2f}×", f"{speed['ratios']['decode_yield']['median_of_pairs']:.2f}"]
         for name in texts:
             pair = found["quality"][label][name]
-            cells += [f"{pair['dense']['bits_per_byte']:.4f}", f"{pair['artifact']['bits_per_byte']:.4f}"]
+            cells += [f"{pair['against']['bits_per_byte']:.4f}", f"{pair['artifact']['bits_per_byte']:.4f}"]
         rows.append(cells)
     return rows
 
