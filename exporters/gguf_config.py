@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cusprun.anatomy import read_config
+from cusprun.anatomy import family_of, read_config
+from cusprun.as_llama import READ
 from cusprun.checkpoint import Weights
 from cusprun.errors import InvalidRequest
 
@@ -24,11 +25,14 @@ def read_number(config: Mapping[str, Any], key: str, default: float | None = Non
 
 
 def check_layers(folder: Path) -> None:
-    """Raises InvalidRequest where config.json announces more layers than the folder has tensors.
+    """Raises InvalidRequest for a family that is not supported, and for more layers than the folder has tensors.
 
     To be called before a folder is described: a description has a row for every layer.
     """
-    config, tensors = read_config(folder), sum(1 for _ in Weights(folder))
+    config = read_config(folder)
+    if config.get("model_type") not in READ:
+        family_of(config)
+    tensors = sum(1 for _ in Weights(folder))
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and layers > tensors:
         raise InvalidRequest(
