@@ -118,7 +118,7 @@ class Exports:
                 paths = [self.artifact(side, label) if side != BUILDER else self._built() for side in sides]
                 rows = bench(paths, repetitions=self.options.repetitions, threads=self.options.threads)
                 self.found["speed"][label] = {
-                    "rows": [row.as_json() for row in rows],
+                    "rows": [{**row.as_json(), "artifact": path.name} for row, path in zip(rows, paths, strict=True)],
                     "ratios": ratios(*rows),
                     "bytes": [cost(path).file_bytes for path in paths],
                 }
@@ -189,7 +189,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=cache_folder() / "studies" / "exports")
     parser.add_argument("--out", type=Path, default=Path("docs/results/exports"))
     options = parser.parse_args()
-    options.words = [options.expert.name if word == str(options.expert) else word for word in sys.argv[1:]]
+    options.words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    if "--out" in options.words:  # where a page stands does not belong in it
+        at = options.words.index("--out")
+        del options.words[at : at + 2]
     if not (options.expert / "expert.json").is_file():
         raise SystemExit(f"{options.expert} holds no expert.json: name the folder that a build left")
     try:
