@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 
 from cusprun.errors import Failed, InvalidRequest
-from cusprun.runtimes import GENAI_CONFIG, is_onnx
+from cusprun.runtimes import is_onnx, no_artifact
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -38,9 +38,7 @@ def cost(artifact: Path) -> Cost:
     if artifact.is_dir():
         return _folder_cost(artifact)
     if artifact.suffix != ".gguf":
-        raise InvalidRequest(
-            f"{artifact} is no model folder (with config.json), no .gguf file and no ONNX folder (with {GENAI_CONFIG})"
-        )
+        raise no_artifact(artifact)
     from cusprun.runtimes.gguf_header import load_metadata
 
     info = load_metadata(artifact)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cusprun.errors import Failed
+from cusprun.runtimes import GENAI_CONFIG
 
 PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "DynamicQuantizeMatMul", "MatMulIntegerToFloat")
 LOOK_UPS = ("Gather", "GatherBlockQuantized")
@@ -19,7 +20,7 @@ def graph_cost(folder: Path) -> tuple[str, int, int]:
     import onnx
 
     try:
-        config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))
         name = Path(config["model"]["decoder"]["filename"]).name
         graph = onnx.load(str(folder / name), load_external_data=False).graph
     except Exception as error:  # onnx raises its parser's own

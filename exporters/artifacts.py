@@ -155,14 +155,8 @@ class Artifacts:
             from cusprun.exporters.proof import prove_onnx
 
             with folder_written_whole(path) as part:
-                candidate = part / "candidate"
-                report = export_onnx(self.out / "model", candidate, quant, name=self.prepared.name, **settings)
-                proof = prove_onnx(
-                    candidate, self.out / "model", quant, self._proof_windows(), threads=self.recipe.threads
-                )
-                for file in candidate.iterdir():
-                    os.replace(file, part / file.name)
-                candidate.rmdir()
+                report = export_onnx(self.out / "model", part, quant, name=self.prepared.name, **settings)
+                proof = prove_onnx(part, self.out / "model", quant, self._proof_windows(), threads=self.recipe.threads)
             return {
                 "path": path.relative_to(self.out).as_posix(),
                 "format": "onnx",

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,11 @@ from cusprun.checkpoint import load_tokenizer
 from cusprun.errors import Failed, InvalidRequest
 from cusprun.exporters.gguf import GgufReport
 from cusprun.exporters.gguf_prediction import Prediction
-from cusprun.exporters.gguf_request import export_folder
+from cusprun.exporters.gguf_request import GgufRequest, name_of
 from cusprun.exporters.onnx import OnnxExport, OnnxPrediction, OnnxReport
 from cusprun.exporters.proof import HARD_STRINGS, Proof, prove_gguf, prove_onnx
 from cusprun.files import aside
 from cusprun.formats import format_of, resolve
-from cusprun.onnx_types import TYPES as ONNX_TYPES
 from cusprun.quants import is_weighed
 
 PROOF_TOKENS = 256  # of each window
@@ -128,73 +126,42 @@ def _plan(
     model: Path, out: Path, quant: str, several: bool, settings: Settings
 ) -> tuple[Planned, Callable[[Path | None], Exported]]:
     """What the export in one type will be, and what writes it, given the importance matrix of another before it."""
+    name = settings.name or name_of(model)
     if format_of(quant) == "onnx":
         target = out / quant if several else out
         if target.exists():
             raise InvalidRequest(f"--out {target} exists; choose another name or remove it")
-        of_blocks = ONNX_TYPES[quant].weight == "blocks"
         export = OnnxExport(
-            as_llama(model), quant, name=_name(model, settings), context=settings.context,
-            block_size=settings.block_size if of_blocks else 32, symmetric=not settings.zero_points,
-            output_bits=settings.output_bits,
+            as_llama(model), quant, name=name, context=settings.context, block_size=settings.block_size,
+            symmetric=not settings.zero_points, output_bits=settings.output_bits,
         )  # fmt: skip
         return export.prediction, lambda _: _write_onnx(export, target, settings)
-    target = out if out.suffix == ".gguf" else out / f"{_name(model, settings)}-{quant}.gguf"
-    if several and not is_weighed(quant):
-        settings = replace(settings, imatrix=None, corpus=None)
-    plan = _gguf(model, target, quant, settings, dry_run=True)
-    assert isinstance(plan, Prediction)
-    return plan, partial(_write_gguf, model, target, quant, settings)
-
-
-def _gguf(model: Path, target: Path, quant: str, settings: Settings, *, dry_run: bool) -> GgufReport | Prediction:
-    return export_folder(
-        model, target, quant, name=_name(model, settings), imatrix=settings.imatrix, corpus=settings.corpus,
-        tokens=settings.tokens, tensor_types=settings.tensor_types, threads=settings.threads,
-        split_max_size=settings.split_max_size, dry_run=dry_run,
+    weighed = not several or is_weighed(quant)
+    request = GgufRequest(
+        model, out, quant, name=name, imatrix=settings.imatrix if weighed else None,
+        corpus=settings.corpus if weighed else None, tokens=settings.tokens, tensor_types=settings.tensor_types,
+        split_max_size=settings.split_max_size,
     )  # fmt: skip
+    return request.prediction, lambda matrix: _write_gguf(request, settings, matrix if weighed else None)
 
 
-def _write_gguf(model: Path, target: Path, quant: str, settings: Settings, matrix: Path | None) -> Exported:
-    if matrix is not None and settings.corpus is not None:
-        settings = replace(settings, imatrix=matrix, corpus=None)
-    folder = aside(target)
-    made = _missing_parents(target)
-    try:
+def _write_gguf(request: GgufRequest, settings: Settings, matrix: Path | None) -> Exported:
+    target = request.target
+    with _beside(target) as folder:
         folder.mkdir(parents=True)
-        report = _gguf(model, folder / target.name, quant, settings, dry_run=False)
-        assert isinstance(report, GgufReport)
+        report = request.write(folder / target.name, imatrix=matrix, threads=settings.threads)
         proof = None
         if settings.prove:
-            of_torch = as_llama(model)
-            proof = prove_gguf(report.path, of_torch, proof_windows(of_torch), threads=settings.threads)
+            proof = prove_gguf(report.path, request.folder, proof_windows(request.folder), threads=settings.threads)
         # The first part last: no other is opened without it.
         for file in sorted(folder.iterdir(), key=lambda file: (file == report.path, file.name)):
             os.replace(file, target.with_name(file.name))
         moved = tuple(target.with_name(part.name) for part in report.parts)
         return Exported(replace(report, path=target.with_name(report.path.name), parts=moved), proof)
-    except OSError as error:
-        raise Failed(f"{target} could not be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        _remove_empty(made)
-
-
-def _missing_parents(target: Path) -> list[Path]:
-    """Folders that have to be made for ``target``, the innermost first."""
-    return [parent for parent in target.absolute().parents if not parent.exists()]
-
-
-def _remove_empty(folders: Sequence[Path]) -> None:
-    for folder in folders:
-        with suppress(OSError):  # it holds what was written
-            folder.rmdir()
 
 
 def _write_onnx(export: OnnxExport, target: Path, settings: Settings) -> Exported:
-    folder = aside(target)
-    made = _missing_parents(target)
-    try:
+    with _beside(target) as folder:
         report = export.write(folder)
         proof = None
         if settings.prove:
@@ -202,11 +169,22 @@ def _write_onnx(export: OnnxExport, target: Path, settings: Settings) -> Exporte
             proof = prove_onnx(folder, export.model_dir, export.quant, windows, threads=settings.threads)
         os.rename(folder, target)
         return Exported(replace(report, path=target), proof)
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A folder's name beside ``target`` to write to; whatever is left of it, and empty folders made for it, go."""
+    folder = aside(target)
+    made = [parent for parent in target.absolute().parents if not parent.exists()]  # the innermost first
+    try:
+        yield folder
     except OSError as error:
         raise Failed(f"{target} could not be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        _remove_empty(made)
+        for parent in made:
+            with suppress(OSError):  # it holds what was written
+                parent.rmdir()
 
 
 def proof_windows(model_dir: Path, most: int = PROOF_TOKENS) -> np.ndarray:
@@ -214,10 +192,6 @@ def proof_windows(model_dir: Path, most: int = PROOF_TOKENS) -> np.ndarray:
     ids = load_tokenizer(model_dir)("\n".join(HARD_STRINGS), add_special_tokens=False)["input_ids"]
     window = min(PROOF_TOKENS, most, len(ids) // 2)
     return np.array(ids[: 2 * window], dtype=np.int64).reshape(2, window)
-
-
-def _name(model: Path, settings: Settings) -> str:
-    return settings.name or (model.resolve().parent.name if model.name == "model" else model.resolve().name)
 
 
 def tell(found: Sequence[Exported] | Sequence[Planned]) -> Any:

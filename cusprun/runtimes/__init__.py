@@ -115,6 +115,13 @@ def is_onnx(path: Path) -> bool:
     return path.is_dir() and (path / GENAI_CONFIG).is_file()
 
 
+def no_artifact(path: Path) -> InvalidRequest:
+    """The error for a path that is none of the three."""
+    return InvalidRequest(
+        f"{path} is no model folder (with config.json), no .gguf file and no ONNX folder (with {GENAI_CONFIG})"
+    )
+
+
 def default_threads() -> int:
     """Physical cores that this process may use: more threads than that slow both runtimes down."""
     import psutil
@@ -147,6 +154,4 @@ def open_runtime(path: Path, *, context: int = 2048, threads: int | None = None,
         from cusprun.runtimes.llamacpp import LlamaCppRuntime
 
         return LlamaCppRuntime(path, context=context, threads=threads, device=device)
-    raise InvalidRequest(
-        f"{path} is no model folder (with config.json), no .gguf file and no ONNX folder (with {GENAI_CONFIG})"
-    )
+    raise no_artifact(path)
