@@ -15,9 +15,10 @@ from typing import Any
 
 from cusprun.errors import Failed, InvalidRequest
 from cusprun.exporters import gguf_metadata
+from cusprun.exporters.compensation import Compensated
 from cusprun.exporters.gguf_prediction import Fallback, Prediction, file_type, predict_gguf, tensor_types
 from cusprun.exporters.gguf_quantize import quantize_file
-from cusprun.exporters.gguf_source import GgufSource
+from cusprun.exporters.gguf_source import GgufSource, Rounding
 from cusprun.exporters.gguf_split import split_gguf
 from cusprun.exporters.imatrix_file import read_imatrix
 from cusprun.files import aside, sha256_file, written_whole
@@ -141,9 +142,17 @@ class GgufExport:
         return predict_gguf(self.source, self.quant, self.overrides, weighed=self.weighed)
 
     def write(
-        self, out: Path, imatrix: Path | None = None, threads: int | None = None, split_max: int | None = None
+        self,
+        out: Path,
+        imatrix: Path | None = None,
+        threads: int | None = None,
+        split_max: int | None = None,
+        compensated: Path | None = None,
     ) -> GgufReport:
         """Writes the file to ``out``, whole or not at all; where it has more than ``split_max`` bytes, its parts.
+
+        ``compensated`` is a folder of :func:`cusprun.exporters.compensation.compensate_model` for this type: its
+        matrices are taken as they are where the file has them in that type.
 
         Raises Failed naming the tensor where weights are not finite or do not fit, or where the file is not what was
         predicted.
@@ -155,11 +164,11 @@ class GgufExport:
                 say(line)
             if split_max is None or self.prediction.bytes <= split_max:
                 with written_whole(out) as part:
-                    self._write_checked(part, imatrix, threads)
+                    self._write_checked(part, imatrix, threads, compensated)
             else:
                 out.parent.mkdir(parents=True, exist_ok=True)
                 with _scratch(out) as whole:
-                    self._write_checked(whole, imatrix, threads)
+                    self._write_checked(whole, imatrix, threads, compensated)
                     out = split_gguf(whole, out, split_max)[0]
             info = load_metadata(out)
         except OSError as error:
@@ -177,11 +186,11 @@ class GgufExport:
             fallbacks=self.prediction.fallbacks,
         )
 
-    def _write_checked(self, part: Path, imatrix: Path | None, threads: int | None) -> None:
-        self._write_whole(part, imatrix, threads)
+    def _write_checked(self, part: Path, imatrix: Path | None, threads: int | None, compensated: Path | None) -> None:
+        self._write_whole(part, imatrix, threads, compensated)
         self.prediction.check(load_metadata(part))
 
-    def _write_whole(self, part: Path, imatrix: Path | None, threads: int | None) -> None:
+    def _write_whole(self, part: Path, imatrix: Path | None, threads: int | None, compensated: Path | None) -> None:
         source, matrices = self.source, self.source.matrices()
         kind = file_type(self.quant, matrices)
         if TYPES[self.quant].plain:
@@ -189,9 +198,19 @@ class GgufExport:
             return
         types, _ = tensor_types(matrices, self.quant, self.overrides)
         weights = str(imatrix) if imatrix is not None else None
-        with _scratch(part) as whole:
-            source.write(whole, source.matrix_type, file_type(source.matrix_type.lower(), matrices))
+        rounded = self._rounding(compensated) if compensated is not None else None
+        with _scratch(part) as whole:  # the quantizer copies what has its type already
+            source.write(whole, source.matrix_type, file_type(source.matrix_type.lower(), matrices), rounded)
             run_in_child(quantize_file, str(whole), str(part), int(kind), threads or default_threads(), weights, types)
+
+    def _rounding(self, store: Path) -> Rounding:
+        held = Compensated(store)
+        names = {
+            plan.name
+            for plan in self.source.tensors("F32")
+            if plan.source in held and self.prediction.types[plan.name] == self.quant.upper()
+        }
+        return Rounding(held, self.quant, frozenset(names))
 
     def _check_overrides(self) -> None:
         """Raises InvalidRequest for overrides that nothing comes of."""

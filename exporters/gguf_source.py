@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -12,11 +13,26 @@ from cusprun.anatomy import Anatomy, describe, read_config
 from cusprun.checkpoint import Weights
 from cusprun.errors import InvalidRequest
 from cusprun.exporters import gguf_metadata, gguf_tensors, gguf_tokenizer
+from cusprun.exporters.compensation import Compensated, gguf_blocks
 from cusprun.exporters.gguf_config import check_layers, read_number
 from cusprun.progress import say
 
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 _FLOAT32 = np.dtype(np.float32)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Matrices that are rounded already: what they are, and the names in the file of those to take as they are."""
+
+    compensated: Compensated
+    quant: str
+    names: frozenset[str]
+
+    def blocks(self, plan: gguf_tensors.TensorPlan) -> np.ndarray:
+        """The data of one of them."""
+        assert plan.source is not None
+        return gguf_blocks(self.compensated[plan.source], self.quant)
 
 
 def padded(count: int) -> int:
@@ -64,12 +80,21 @@ class GgufSource:
         """Shape of every matrix, rows first, by its name in the file."""
         return {plan.name: plan.shape for plan in self.tensors("F32") if len(plan.shape) == 2}
 
-    def write(self, path: Path, matrix_type: str, file_type: gguf.LlamaFileType) -> None:
-        """Writes the file with matrices in ``matrix_type``; at most one tensor is in memory."""
+    def write(
+        self, path: Path, matrix_type: str, file_type: gguf.LlamaFileType, rounded: Rounding | None = None
+    ) -> None:
+        """Writes the file with matrices in ``matrix_type``, those of ``rounded`` in its type of blocks.
+
+        At most one tensor is in memory.
+        """
         plans = self.tensors(matrix_type)
+        if rounded is not None:
+            kind = rounded.quant.upper()
+            plans = [replace(plan, type=kind) if plan.name in rounded.names else plan for plan in plans]
         writer = self._begin(path, plans, file_type)
         try:
-            for data in gguf_tensors.read_tensors(self.weights, plans, self.rope.freqs):
+            blocks = rounded.blocks if rounded is not None else None
+            for data in gguf_tensors.read_tensors(self.weights, plans, self.rope.freqs, blocks):
                 writer.write_tensor_data(data)
         finally:
             writer.close()

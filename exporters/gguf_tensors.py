@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from cusprun.anatomy import Anatomy, family_of
 from cusprun.checkpoint import Weights
@@ -30,6 +31,7 @@ BLOCK_NAMES = {
 }
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 ROPE_FREQS = "rope_freqs.weight"
+PLAIN = ("F32", "F16", "BF16")
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 SCALINGS = {"linear": ("factor",), "llama3": LLAMA3}  # and the settings that each needs
 
@@ -44,14 +46,15 @@ class TensorPlan:
     name: str
     source: str | None
     shape: tuple[int, ...]
-    type: str  # F32, F16 or BF16
+    type: str  # F32, F16 or BF16; of what is rounded before, a type of blocks
     rotary_heads: int  # heads whose rows are put into llama.cpp's rotary order, 0 for none
     below: tuple[str, ...] = ()
     added: float = 0.0  # to every entry
 
     @property
     def bytes(self) -> int:
-        return math.prod(self.shape) * (4 if self.type == "F32" else 2)
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType[self.type]]
+        return math.prod(self.shape) // block * size
 
 
 def plan_tensors(anatomy: Anatomy, matrix_type: str, rope_freqs: np.ndarray | None) -> list[TensorPlan]:
@@ -100,15 +103,25 @@ def gguf_name(anatomy: Anatomy, source: str) -> tuple[str, int]:
     return f"{outer[source]}.{kind}", 0
 
 
-def read_tensors(weights: Weights, plans: list[TensorPlan], rope_freqs: np.ndarray | None) -> Iterator[np.ndarray]:
+def read_tensors(
+    weights: Weights,
+    plans: list[TensorPlan],
+    rope_freqs: np.ndarray | None,
+    blocks: Callable[[TensorPlan], np.ndarray] | None = None,
+) -> Iterator[np.ndarray]:
     """Yields each planned tensor's data in its type; only one is in memory at a time.
 
-    BF16 comes as uint16. Raises Failed naming the tensor that is absent, not finite or beyond F16.
+    What is planned in a type of blocks is what ``blocks`` gives. BF16 comes as uint16. Raises Failed naming the tensor
+    that is absent, not finite or beyond F16.
     """
     for plan in plans:
         if plan.source is None:
             assert rope_freqs is not None
             yield rope_freqs
+            continue
+        if plan.type not in PLAIN:
+            assert blocks is not None
+            yield blocks(plan)
             continue
         tensor = weights[plan.source]
         if plan.below:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from cusprun.anatomy import Anatomy, describe, read_config
 from cusprun.checkpoint import Weights
 from cusprun.errors import Failed, InvalidRequest
+from cusprun.exporters.compensation import Compensated
 from cusprun.exporters.onnx_folder import DATA, GRAPH, write_beside
 from cusprun.exporters.onnx_graph import Decoder, Tables, build_model
 from cusprun.exporters.onnx_matrices import Blocks, Dynamic, Float, Multiplies, Source
@@ -79,8 +80,9 @@ class OnnxExport:
 
     ``quant`` is one of cusprun.onnx_types.TYPES, ``context`` the number of positions that can be used (default: the
     model's own, 32,768 at most). Of int4 only: ``block_size`` weights share a scale; without ``symmetric`` they share a
-    fitted zero point too; ``output_bits`` is the width of the output layer. Raises InvalidRequest where the request or
-    the folder makes no sense.
+    fitted zero point too; ``output_bits`` is the width of the output layer; ``compensated`` is a folder of
+    :func:`cusprun.exporters.compensation.compensate_model` for int4 in symmetric blocks of 32. Raises InvalidRequest
+    where the request or the folder makes no sense.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class OnnxExport:
         block_size: int = 32,
         symmetric: bool = True,
         output_bits: int = 8,
+        compensated: Path | None = None,
     ) -> None:
         if quant not in TYPES:
             raise InvalidRequest(f"ONNX type {quant!r} is unknown: write one of {NAMES}")
@@ -106,7 +109,8 @@ class OnnxExport:
         multiplies: Multiplies
         self.settings: dict[str, Any] = {}
         if TYPES[quant].weight == "blocks":
-            multiplies = Blocks(source, 4, block_size, k_quant=not symmetric, output_bits=output_bits)
+            held = Compensated(compensated) if compensated is not None else None
+            multiplies = Blocks(source, 4, block_size, k_quant=not symmetric, output_bits=output_bits, compensated=held)
             self.settings = {"block_size": block_size, "symmetric": symmetric, "output_bits": output_bits}
         else:
             multiplies = Dynamic(source) if TYPES[quant].weight == "dynamic" else Float(source)

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from cusprun.checkpoint import Weights
 from cusprun.errors import Failed
+from cusprun.exporters.compensation import Compensated
 from cusprun.exporters.onnx_ops import MICROSOFT, Operators
 
 ACCURACY_INT8 = 4  # MatMulNBits multiplies in int8; without it the same product takes ten times as long on a CPU
@@ -128,11 +129,20 @@ class Blocks:
     """Matrices in blocks of ``block`` weights along their inputs that share a scale (MatMulNBits).
 
     Symmetric: a weight is its scale times an integer from -2^(bits-1) to 2^(bits-1) - 1. With ``k_quant`` each block
-    has a zero point of its own and both are fitted to the block.
+    has a zero point of its own and both are fitted to the block. Matrices of ``compensated`` are taken as they are.
     """
 
-    def __init__(self, source: Source, bits: int, block: int, *, k_quant: bool = False, output_bits: int = 8) -> None:
-        self.source, self.bits, self.block = source, bits, block
+    def __init__(
+        self,
+        source: Source,
+        bits: int,
+        block: int,
+        *,
+        k_quant: bool = False,
+        output_bits: int = 8,
+        compensated: Compensated | None = None,
+    ) -> None:
+        self.source, self.bits, self.block, self.compensated = source, bits, block, compensated
         self.k_quant, self.output_bits = k_quant, output_bits
 
     def linear(self, graph: Operators, inputs: ir.Value, matrix: Matrix) -> ir.Value:
@@ -163,6 +173,11 @@ class Blocks:
         quantize = quantize_k if k_quant else quantize_symmetric
 
         def part(index: int) -> np.ndarray:
+            if self.compensated is not None and all(tensor in self.compensated for tensor in matrix.parts):
+                found = [self.compensated[tensor] for tensor in matrix.parts]
+                codes = np.concatenate([rounded.codes.numpy() for rounded in found])
+                scales = np.concatenate([rounded.scales.numpy() for rounded in found])
+                return (pack(codes.reshape(*shape, block), bits), scales)[index]
             return quantize(self.source.rows(matrix), bits, block)[index]
 
         byte, shape = np.dtype(np.uint8), (matrix.outputs, blocks)
