@@ -26,6 +26,7 @@ from cusprun.tensor_file import TensorFile
 
 BATCH_TOKENS = 2048
 RIDGE = 0.01  # of the mean diagonal, GPTQ's own
+MOST_RIDGES = 4  # tried, each ten times the one before
 MATRICES = ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 TRIALS = tuple(0.02 * step for step in range(35, 56))  # of the scale that reaches a block's largest weight
 IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -76,8 +77,16 @@ def round_compensated(weight: torch.Tensor, moments: torch.Tensor, grid: Grid) -
     if not torch.isfinite(curvature).all():
         raise Failed("the moments of a matrix's inputs are not finite")
     diagonal = curvature.diagonal()
-    diagonal += RIDGE * diagonal.mean() or 1.0  # where nothing moves, every column counts alike
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(curvature))
+    ridge = float(RIDGE * diagonal.mean()) or 1.0  # where nothing moves, every column counts alike
+    for _ in range(MOST_RIDGES):
+        diagonal += ridge
+        lower, failed = torch.linalg.cholesky_ex(curvature)
+        if not failed:
+            break
+        ridge *= 10
+    else:
+        raise Failed("the moments of a matrix's inputs cannot be inverted")
+    inverse = torch.cholesky_inverse(lower)
     factor = torch.linalg.cholesky(inverse, upper=True).float()
     left = weight.float().clone()
     codes = torch.empty(weight.shape, dtype=torch.uint8)
@@ -177,12 +186,15 @@ def _round_layer(model: LayerwiseModel, layer: Any, batches: list[torch.Tensor],
     reading = {name: name for name in there}
     if "mlp.up_proj" in reading:
         reading["mlp.up_proj"] = "mlp.gate_proj"  # they read the same
-    sums = {name: torch.zeros(there[name].in_features, there[name].in_features) for name in set(reading.values())}
+    sums = {
+        name: torch.zeros(there[name].in_features, there[name].in_features, dtype=torch.float64)
+        for name in set(reading.values())
+    }
     handles = []
     for name, total in sums.items():
 
         def add(_: Any, inputs: tuple[torch.Tensor], __: Any, total: torch.Tensor = total) -> None:
-            rows = inputs[0].flatten(0, -2).float().cpu()
+            rows = inputs[0].flatten(0, -2).double().cpu()  # one token's activations may dwarf all others'
             total += rows.T @ rows
 
         handles.append(there[name].register_forward_hook(add))
