@@ -124,7 +124,14 @@ def export(
         Path | None, typer.Option(help="An importance matrix, ours or llama.cpp's, to weigh the rounding by.")
     ] = None,
     corpus: Annotated[
-        Path | None, typer.Option(help="Text to take an importance matrix of; it is written beside the file.")
+        Path | None, typer.Option(help="Text to round by; an importance matrix of it is written beside the file.")
+    ] = None,
+    rounding: Annotated[
+        str | None,
+        typer.Option(
+            help="nearest; imatrix, weighed by an importance matrix (default where there is one or a corpus); gptq, "
+            "whose errors are made up for by the weights still to be rounded."
+        ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1024, help="Tokens of that text.")] = 16384,
     tensor_type: flags.TensorType = None,
@@ -151,7 +158,8 @@ def export(
     from cusprun.exporters.request import Settings, export_model, tell
 
     settings = Settings(
-        name=name, imatrix=imatrix, corpus=corpus, tokens=tokens, tensor_types=tensor_type or (),
+        name=name, rounding=rounding, imatrix=imatrix, corpus=corpus,
+        tokens=tokens, tensor_types=tensor_type or (),
         split_max_size=split_max_size, block_size=block_size or 32, zero_points=bool(zero_points),
         output_bits=output_bits or 8, context=context, threads=threads, prove=prove,
     )  # fmt: skip

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 from cusprun import onnx_types, quants
 from cusprun.errors import InvalidRequest
 
+Rounding = Literal["nearest", "imatrix", "gptq"]
 DEFAULTS = {"gguf": "q8_0", "onnx": "int4"}  # what a format is written in where no type of its own is named
 
 
@@ -33,6 +35,29 @@ def bits_of(quant: str) -> float:
 def block_of(quant: str) -> int:
     """Row length that most matrices of the type need."""
     return quants.TYPES[quant].block if format_of(quant) == "gguf" else 32
+
+
+def parse_rounding(value: str | None, *, weighed: bool) -> Rounding:
+    """A rounding by its name; without one, imatrix where there is something to weigh by and nearest else."""
+    if value is None:
+        return "imatrix" if weighed else "nearest"
+    for known in get_args(Rounding):
+        if value == known:
+            return known
+    raise InvalidRequest(f"--rounding {value!r} is unknown: write {', '.join(get_args(Rounding))}")
+
+
+def rounding_of(quant: str, wish: Rounding) -> Rounding:
+    """How a type is rounded where ``wish`` is asked for: what has nothing to weigh by it goes to the nearest."""
+    if wish == "gptq":
+        return "gptq" if _is_rounded(quant) else "nearest"
+    weighed = wish == "imatrix" and format_of(quant) == "gguf" and quants.is_weighed(quant)
+    return "imatrix" if weighed else "nearest"
+
+
+def _is_rounded(quant: str) -> bool:
+    """Whether weights share scales with others."""
+    return not quants.TYPES[quant].plain if format_of(quant) == "gguf" else onnx_types.TYPES[quant].weight == "blocks"
 
 
 def resolve(formats: Sequence[str], types: Sequence[str]) -> tuple[str, ...]:

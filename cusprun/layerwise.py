@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from cusprun.errors import InvalidRequest
 from cusprun.memory import HELD_BYTES, release_freed, return_large_blocks
 
 Kind = Literal["attention", "ffn"]
+BATCH_TOKENS = 2048
 
 
 def check_window(config: Any, window: int) -> None:
@@ -74,6 +75,21 @@ class LayerwiseModel:
             )
         states = torch.nn.functional.embedding(torch.from_numpy(ids), table).float()
         return states * self.anatomy.hidden_size**0.5 if self.anatomy.family.scales_embedding else states
+
+    def embed_texts(self, windows: Mapping[str, np.ndarray]) -> list[torch.Tensor]:
+        """:meth:`embed` of every text's windows, in batches of about BATCH_TOKENS.
+
+        Raises InvalidRequest where there is no text or a window is longer than the model reads.
+        """
+        if not any(ids.size for ids in windows.values()):
+            raise InvalidRequest("there is no calibration text: every text is empty")
+        check_window(self.config, max(ids.shape[1] for ids in windows.values()))
+        return [
+            part
+            for ids in windows.values()
+            for part in self.embed(ids).split(max(1, BATCH_TOKENS // ids.shape[1]))
+            if len(part)
+        ]
 
     def attend(self, layer: Any, length: int) -> dict[str, Any]:
         """What a layer's attention is told beside the hidden states of ``length`` tokens: positions and mask."""

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cusprun.errors import InvalidRequest
 from cusprun.files import written_whole
-from cusprun.formats import resolve
+from cusprun.formats import Rounding, resolve
 from cusprun.quants import TYPES, parse_override
 
 DEFAULT_RATIO = 0.25
@@ -76,8 +76,8 @@ class Recipe(BaseModel):
     recover_rate: float = Field(1e-4, gt=0, lt=1, description="learning rate of recovery")
     format: tuple[Literal["gguf", "onnx"], ...] = Field((), description="formats to write; default: those of quant")
     quant: tuple[Quant, ...] = Field(("q8_0",), min_length=1, description="types to write, of GGUF and of ONNX")
-    rounding: Literal["nearest", "imatrix"] = Field(
-        "imatrix", description="how weights are rounded below eight bits: to the nearest, or weighed by their inputs"
+    rounding: Rounding = Field(
+        "imatrix", description="how weights are rounded: to the nearest, weighed by their inputs, or with compensation"
     )
     tensor_type: tuple[str, ...] = Field((), description="REGEX=TYPE of single tensors in the .gguf")
     block_size: Literal[32, 128] = Field(32, description="weights that share a scale in ONNX int4")
@@ -139,6 +139,8 @@ class Recipe(BaseModel):
         needing = [quant for quant in self.quant if quant in TYPES and TYPES[quant].needs_imatrix]
         if needing and self.rounding == "nearest":
             problems.append(f"quant {needing[0]} needs an importance matrix: rounding nearest cannot give it")
+        if self.rounding == "gptq" and self.zero_points:
+            problems.append("rounding gptq is written for symmetric blocks: leave zero_points out")
         if problems:
             raise ValueError("; ".join(problems))
         return self

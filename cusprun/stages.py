@@ -33,6 +33,7 @@ VERSIONS = {
     "compacted": 1,
     "model": 2,
     "imatrix": 1,
+    "gptq": 1,
     "gguf": 1,
     "onnx": 1,
     "quality": 1,

@@ -17,14 +17,15 @@ from cusprun.corpora.cache import cache_folder
 from cusprun.corpora.selection import read_texts, read_windows
 from cusprun.cut import Cut
 from cusprun.dense import Dense, local_path
+from cusprun.exporters.compensation import Roundings
 from cusprun.files import folder_written_whole, sha256_file, written_whole
-from cusprun.formats import format_of
+from cusprun.formats import Rounding, format_of, rounding_of
 from cusprun.preflight import Prepared, model_name
 from cusprun.quants import TYPES, is_weighed, parse_override
 from cusprun.stages import VERSIONS, Stages
 
 PROOF_WINDOWS = 8
-IMATRIX_STRIDE = 4  # of the calibration windows every fourth gives the importance matrix
+ROUNDING_STRIDE = 4  # of the calibration windows every fourth gives the importance matrix, or what GPTQ rounds by
 
 
 class Artifacts:
@@ -33,6 +34,9 @@ class Artifacts:
     def __init__(self, prepared: Prepared, dense: Dense, stages: Stages, cut: Cut) -> None:
         self.prepared, self.recipe, self.out = prepared, prepared.recipe, prepared.out
         self.dense, self.stages, self.cut = dense, stages, cut
+        scratch, device = stages.folder, self.recipe.device
+        self._expert_rounded = Roundings(self.out / "model", lambda: self._sample(self._own_windows()), scratch, device)
+        self._dense_rounded = Roundings(dense.folder, lambda: self._sample(cut.windows_path), scratch, device)
 
     def export(self, quant: str, model_key: str) -> dict[str, Any]:
         """Writes and proves the expert in one type; its entry in expert.json."""
@@ -46,22 +50,24 @@ class Artifacts:
 
     def _gguf(self, quant: str, model_key: str) -> dict[str, Any]:
         path = self.out / "gguf" / f"{self.prepared.name}-{quant}.gguf"
-        weighed = self.recipe.rounding == "imatrix" and is_weighed(quant)
-        matrix = self._imatrix(model_key) if weighed else None
+        rounding = rounding_of(quant, self.recipe.rounding)
+        matrix = self._imatrix(model_key) if rounding != "nearest" and is_weighed(quant) else None
         overrides = self._overrides(quant)
 
         def write() -> dict[str, Any]:
-            from cusprun.exporters.gguf import export_gguf
+            from cusprun.exporters.gguf import GgufExport
             from cusprun.exporters.proof import prove_gguf
 
             windows = self._proof_windows()
             with written_whole(path) as part:  # under its own name only once llama.cpp has answered as torch does
                 candidate = part.with_name(f"{part.name}.gguf")  # a name that a later build sweeps away
                 try:
-                    report = export_gguf(
-                        self.out / "model", candidate, quant, name=self.prepared.name, metadata=self._metadata(),
-                        imatrix=matrix, overrides=overrides,
+                    export = GgufExport(
+                        self.out / "model", quant, name=self.prepared.name, metadata=self._metadata(),
+                        overrides=overrides, weighed=matrix is not None,
                     )  # fmt: skip
+                    compensated = self._expert_rounded.of(export.grids) if rounding == "gptq" else None
+                    report = export.write(candidate, matrix, compensated=compensated)
                     proof = prove_gguf(candidate, self.out / "model", windows, threads=self.recipe.threads)
                     os.replace(candidate, part)
                 finally:
@@ -73,13 +79,14 @@ class Artifacts:
                 "arch": report.arch,
                 "bytes": report.bytes,
                 "sha256": report.sha256,
-                "rounding": "imatrix" if weighed else "nearest",
+                "rounding": rounding,
                 "fallbacks": [asdict(fallback) for fallback in report.fallbacks],
                 "proof": proof.as_dict(),
             }
 
         names = json.dumps([self.prepared.name, self._metadata()], sort_keys=True)
         keys = [model_key, names, *self.recipe.tensor_type, *([sha256_file(matrix)] if matrix else [])]
+        keys += self._rounding_keys(rounding)
         exported = self.stages.step(f"gguf.{quant}", keys, [path], write)
         value: dict[str, Any] = exported["value"]
         return value
@@ -98,12 +105,29 @@ class Artifacts:
         )
         return path
 
+    def _own_windows(self) -> Path:
+        """The calibration windows in the expert's own tokens."""
+        assert self.cut.base is not None
+        return self.cut.base.windows
+
+    def _rounding_keys(self, rounding: Rounding) -> list[str]:
+        """What compensated rounding depends on beside the model."""
+        if rounding != "gptq":
+            return []
+        assert self.cut.base is not None
+        return [rounding, self.cut.base.key, str(VERSIONS["gptq"])]
+
     def _take_imatrix(self, folder: Path, windows: Path, path: Path) -> None:
         from cusprun.exporters.imatrix import collect_imatrix
         from cusprun.exporters.imatrix_file import write_imatrix
 
-        texts = {name: ids[::IMATRIX_STRIDE] for name, ids in read_windows(windows).items()}
+        texts = self._sample(windows)
         write_imatrix(path, collect_imatrix(folder, texts, self.recipe.device), list(texts))
+
+    @staticmethod
+    def _sample(windows: Path) -> dict[str, np.ndarray]:
+        """Some of the calibration windows: rounding needs fewer than the cut."""
+        return {name: ids[::ROUNDING_STRIDE] for name, ids in read_windows(windows).items()}
 
     def _metadata(self) -> dict[str, str | list[str]]:
         from cusprun.exporters.gguf_card import read_card
@@ -124,14 +148,14 @@ class Artifacts:
         return {key: value for key, value in values.items() if value}
 
     def _dense_gguf(self, quant: str) -> Path:
-        from cusprun.exporters.gguf import export_gguf
+        from cusprun.exporters.gguf import GgufExport
 
         name = model_name(self.dense.id)
         folder = cache_folder() / "dense-gguf" / f"{self.dense.key[:16]}-{VERSIONS['gguf']}"
         matrix, overrides = None, self._overrides(quant)
-        if self.recipe.rounding == "imatrix" and is_weighed(quant):
-            text = sha256_file(self.cut.windows_path)[:16]
-            name += f"-{text}"
+        rounding = rounding_of(quant, self.recipe.rounding)
+        name += self._rounded_by(rounding)
+        if rounding != "nearest" and is_weighed(quant):
             matrix = folder / f"{name}.imatrix"
             if not matrix.is_file():
                 self._take_imatrix(self.dense.folder, self.cut.windows_path, matrix)
@@ -139,23 +163,32 @@ class Artifacts:
             name += "-" + hashlib.sha256(repr(overrides).encode()).hexdigest()[:8]
         path = folder / f"{name}-{quant}.gguf"
         if not path.is_file():
-            export_gguf(
-                self.dense.folder, path, quant, name=model_name(self.dense.id), imatrix=matrix, overrides=overrides
-            )
+            weighed, label = matrix is not None, model_name(self.dense.id)
+            export = GgufExport(self.dense.folder, quant, name=label, overrides=overrides, weighed=weighed)
+            compensated = self._dense_rounded.of(export.grids) if rounding == "gptq" else None
+            export.write(path, matrix, compensated=compensated)
         return path
+
+    def _rounded_by(self, rounding: Rounding) -> str:
+        """What the name of a dense artifact says of its rounding: two texts make two files."""
+        if rounding == "nearest":
+            return ""
+        text = sha256_file(self.cut.windows_path)[:16]
+        return f"-{text}" if rounding == "imatrix" else f"-gptq{VERSIONS['gptq']}-{text}"
 
     # ONNX ------------------------------------------------------------------------------------------------------------
 
     def _onnx(self, quant: str, model_key: str) -> dict[str, Any]:
         path = self.out / "onnx" / quant
-        settings = self._onnx_settings()
+        settings, rounding = self._onnx_settings(), rounding_of(quant, self.recipe.rounding)
 
         def write() -> dict[str, Any]:
-            from cusprun.exporters.onnx import export_onnx
+            from cusprun.exporters.onnx import OnnxExport
             from cusprun.exporters.proof import prove_onnx
 
             with folder_written_whole(path) as part:
-                report = export_onnx(self.out / "model", part, quant, name=self.prepared.name, **settings)
+                export = OnnxExport(self.out / "model", quant, name=self.prepared.name, **settings)
+                report = export.write(part, self._expert_rounded.of(export.grids) if rounding == "gptq" else None)
                 proof = prove_onnx(part, self.out / "model", quant, self._proof_windows(), threads=self.recipe.threads)
             return {
                 "path": path.relative_to(self.out).as_posix(),
@@ -163,11 +196,12 @@ class Artifacts:
                 "quant": quant,
                 "bytes": report.bytes,
                 "sha256": report.sha256,
+                "rounding": rounding,
                 **report.settings,
                 "proof": proof.as_dict(),
             }
 
-        keys = [model_key, self.prepared.name, json.dumps(settings, sort_keys=True)]
+        keys = [model_key, self.prepared.name, json.dumps(settings, sort_keys=True), *self._rounding_keys(rounding)]
         exported = self.stages.step(f"onnx.{quant}", keys, [path], write)
         value: dict[str, Any] = exported["value"]
         return value
@@ -181,14 +215,16 @@ class Artifacts:
         }
 
     def _dense_onnx(self, quant: str) -> Path:
-        from cusprun.exporters.onnx import export_onnx
+        from cusprun.exporters.onnx import OnnxExport
 
-        settings = self._onnx_settings()
+        settings, rounding = self._onnx_settings(), rounding_of(quant, self.recipe.rounding)
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
         name = f"{self.dense.key[:16]}-{VERSIONS['onnx']}-{quant}" + (f"-{digest}" if quant == "int4" else "")
+        name += self._rounded_by(rounding)
         path = cache_folder() / "dense-onnx" / name
         if not path.is_dir():
-            export_onnx(self.dense.folder, path, quant, name=model_name(self.dense.id), **settings)
+            export = OnnxExport(self.dense.folder, quant, name=model_name(self.dense.id), **settings)
+            export.write(path, self._dense_rounded.of(export.grids) if rounding == "gptq" else None)
         return path
 
     def _proof_windows(self) -> np.ndarray:

@@ -2,15 +2,21 @@
 
 GPTQ (Frantar et al., 2022, https://arxiv.org/abs/2210.17323) with the second moments of each matrix's inputs, taken on
 calibration text behind the layers that are rounded already. Scales are those of the runtimes' own blocks: llama.cpp's
-q8_0, q4_0, q4_1 and iq4_nl, and MatMulNBits' int4. Only o, gate, up and down are compensated: what k and v give is read
-in proportion to the attention each token gets, and with plain moments of their inputs they come out worse than rounded
-to the nearest.
+q8_0, q5_1, q5_0, q4_1, q4_0 and iq4_nl, and MatMulNBits' int4. Each matrix is rounded to the type that the file will
+have it in; matrices in other types are left to the runtime's own quantizer.
+
+Two things differ from the paper. A few tokens have inputs many times as large as all others' (the first of a text),
+and their moments would leave the rest no say: a token counts with at most CAP times the median norm. The ridge is a
+share of each input's own moment, not of the mean: inputs differ by orders of magnitude, and the mean is that of the
+largest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import shutil
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +24,55 @@ import numpy as np
 import torch
 
 from cusprun.anatomy import describe
-from cusprun.errors import Failed, InvalidRequest
-from cusprun.files import folder_written_whole
-from cusprun.layerwise import LayerwiseModel, check_window
+from cusprun.errors import Failed
+from cusprun.files import aside, folder_written_whole
+from cusprun.layerwise import LayerwiseModel
 from cusprun.progress import track
 from cusprun.tensor_file import TensorFile
 
-BATCH_TOKENS = 2048
-RIDGE = 0.01  # of the mean diagonal, GPTQ's own
-MOST_RIDGES = 4  # tried, each ten times the one before
-MATRICES = ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-TRIALS = tuple(0.02 * step for step in range(35, 56))  # of the scale that reaches a block's largest weight
+RIDGE = 0.3  # of each input's own moment
+CAP = 3.0  # medians of the tokens' norms
+TRIALS = tuple(0.04 * step for step in range(18, 29))  # of the scale that reaches a block's largest weight
+TOGETHER = 128  # columns whose errors go to those behind in one product
 IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+READ_TOGETHER = {  # matrices that read the same inputs
+    "self_attn.k_proj": "self_attn.q_proj",
+    "self_attn.v_proj": "self_attn.q_proj",
+    "mlp.up_proj": "mlp.gate_proj",
+}
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What a block of weights may become: scale * level + minimum, a scale and, with ``shifted``, a minimum a block."""
+    """What a block of weights may become: scale * level + minimum, a scale and, with ``shifted``, a minimum a block.
+
+    Both are kept in float16.
+    """
 
     levels: tuple[int, ...]  # ascending
     block: int = 32
     shifted: bool = False
-    half: bool = True  # scales are kept in float16
+
+    @property
+    def even(self) -> bool:
+        """Whether the levels are all whole numbers from the first to the last."""
+        return len(self.levels) == self.levels[-1] - self.levels[0] + 1
 
 
 GRIDS = {
     "q8_0": Grid(tuple(range(-127, 128))),
+    "q5_1": Grid(tuple(range(32)), shifted=True),
+    "q5_0": Grid(tuple(range(-16, 16))),
     "q4_0": Grid(tuple(range(-8, 8))),
     "q4_1": Grid(tuple(range(16)), shifted=True),
     "iq4_nl": Grid(IQ4_NL),
-    "int4": Grid(tuple(range(-8, 8)), half=False),
+    "int4": Grid(tuple(range(-8, 8))),
 }
+
+
+def find_grid(quant: str, block: int = 32) -> Grid:
+    """The grid of a type; ``block`` is that of ONNX int4, GGUF's are 32."""
+    return replace(GRIDS[quant], block=block)
 
 
 @dataclass(frozen=True)
@@ -65,6 +89,19 @@ class Rounded:
         blocks = levels[self.codes.long()].unflatten(1, (-1, grid.block))
         return (blocks * self.scales[..., None] + self.minima[..., None]).flatten(1)
 
+    def change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Rounded:
+        """The same with other rows, or rows in another order: ``change`` gets all that has a row for each output."""
+        return Rounded(change(self.codes), change(self.scales), change(self.minima))
+
+
+def join_rows(matrices: list[Rounded]) -> Rounded:
+    """Matrices of the same inputs as one, the first on top."""
+    return Rounded(
+        torch.cat([matrix.codes for matrix in matrices]),
+        torch.cat([matrix.scales for matrix in matrices]),
+        torch.cat([matrix.minima for matrix in matrices]),
+    )
+
 
 def round_compensated(weight: torch.Tensor, moments: torch.Tensor, grid: Grid) -> Rounded:
     """Rounds ``weight``, (outputs, inputs), column by column; what is left over goes to the columns behind.
@@ -72,142 +109,199 @@ def round_compensated(weight: torch.Tensor, moments: torch.Tensor, grid: Grid) -
     ``moments`` is E[x xᵀ] of its inputs, (inputs, inputs). Inputs that never move leave their columns as rounding alone
     makes them. Raises Failed where the moments are not finite.
     """
-    inputs = weight.shape[1]
-    curvature = moments.double().clone()
-    if not torch.isfinite(curvature).all():
-        raise Failed("the moments of a matrix's inputs are not finite")
-    diagonal = curvature.diagonal()
-    ridge = float(RIDGE * diagonal.mean()) or 1.0  # where nothing moves, every column counts alike
-    for _ in range(MOST_RIDGES):
-        diagonal += ridge
-        lower, failed = torch.linalg.cholesky_ex(curvature)
-        if not failed:
-            break
-        ridge *= 10
-    else:
-        raise Failed("the moments of a matrix's inputs cannot be inverted")
-    inverse = torch.cholesky_inverse(lower)
-    factor = torch.linalg.cholesky(inverse, upper=True).float()
-    left = weight.float().clone()
-    codes = torch.empty(weight.shape, dtype=torch.uint8)
-    scales, minima = torch.empty(2, weight.shape[0], inputs // grid.block)
-    for number, start in enumerate(range(0, inputs, grid.block)):
-        stop = start + grid.block
-        block = left[:, start:stop].clone()
-        steps = factor.diagonal()[start:stop]
-        scale, minimum = fit_scales(block, steps.square().reciprocal(), grid)
-        scales[:, number], minima[:, number] = scale, minimum
-        errors = torch.empty_like(block)
-        for place in range(grid.block):
-            code, value = nearest(block[:, place], scale, minimum, grid)
-            codes[:, start + place] = code
-            errors[:, place] = (block[:, place] - value) / steps[place]
-            block[:, place + 1 :] -= torch.outer(errors[:, place], factor[start + place, start + place + 1 : stop])
+    outputs, inputs = weight.shape
+    wide = weight.float()
+    scales, minima = fit_scales(wide.unflatten(1, (-1, grid.block)), _importance(wide, moments, grid), grid)
+    order = moments.diagonal().argsort(descending=True, stable=True)
+    factor = find_factor(moments[order][:, order])
+    left, codes = wide[:, order], torch.empty(outputs, inputs, dtype=torch.uint8)
+    for start in range(0, inputs, TOGETHER):
+        stop = min(start + TOGETHER, inputs)
+        part, errors = left[:, start:stop].clone(), torch.empty(outputs, stop - start)
+        for place in range(stop - start):
+            column = int(order[start + place])
+            block, row = column // grid.block, factor[start + place]
+            code, value = nearest(part[:, place], scales[:, block], minima[:, block], grid)
+            codes[:, column] = code
+            errors[:, place] = (part[:, place] - value) / row[start + place]
+            part[:, place + 1 :] -= torch.outer(errors[:, place], row[start + place + 1 : stop])
         left[:, stop:] -= errors @ factor[start:stop, stop:]
     return Rounded(codes, scales, minima)
 
 
-def fit_scales(block: torch.Tensor, importance: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and minimum of each row of ``block``, (outputs, width), least in squares weighed by ``importance``."""
-    minimum = block.amin(1) if grid.shifted else torch.zeros(len(block))
+def _importance(weight: torch.Tensor, moments: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """What an error in each weight counts where scales are chosen, (outputs, blocks, block): llama.cpp's own choice.
+
+    That is the input's moment, and more for large weights, of which there are few.
+    """
+    typical = weight.square().mean(1, keepdim=True)
+    found: torch.Tensor = moments.diagonal().float().clamp(min=1e-30) * (typical + weight.square()).sqrt()
+    return found.unflatten(1, (-1, grid.block))
+
+
+def find_factor(moments: torch.Tensor) -> torch.Tensor:
+    """The upper Cholesky factor of the damped moments' inverse, (inputs, inputs) float32.
+
+    Inputs are brought to one size before and back after: theirs differ by more than float64 has digits for.
+    """
+    curvature = moments.double().cpu()
+    if not torch.isfinite(curvature).all():
+        raise Failed("the moments of a matrix's inputs are not finite")
+    diagonal = curvature.diagonal()
+    largest = float(diagonal.max())
+    size = diagonal.clamp(min=1e-12 * largest if largest > 0 else 1.0).sqrt()  # where nothing moves, all count alike
+    level = curvature / torch.outer(size, size)
+    level.diagonal().add_(RIDGE)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(level))
+    return (torch.linalg.cholesky(inverse, upper=True) / size).float()
+
+
+def fit_scales(blocks: torch.Tensor, importance: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and minimum of each block of ``blocks``, (…, block), least in squares weighed by ``importance``.
+
+    The scale is tried at shares of the one that reaches the largest weight, and each time put where the levels that the
+    weights then have want it.
+    """
+    minimum = _kept(blocks.amin(-1)) if grid.shifted else torch.zeros(blocks.shape[:-1])
     if grid.shifted:
-        minimum = _kept(minimum, grid)
-        widest = (block.amax(1) - minimum) / grid.levels[-1]
+        widest = (blocks.amax(-1) - minimum) / grid.levels[-1]
     else:
-        place = block.abs().argmax(1, keepdim=True)
-        widest = block.gather(1, place).squeeze(1) / grid.levels[0]
-    best, least = _kept(widest, grid), torch.full((len(block),), torch.inf)
+        place = blocks.abs().argmax(-1, keepdim=True)
+        widest = blocks.gather(-1, place).squeeze(-1) / grid.levels[0]
+    best, least = _kept(widest), torch.full(widest.shape, torch.inf)
     for trial in TRIALS:
-        scale = _kept(widest * trial, grid)
-        _, values = nearest(block, scale[:, None], minimum[:, None], grid)
-        loss = ((block - values).square() * importance).sum(1)
-        better = loss < least
-        best, least = torch.where(better, scale, best), torch.where(better, loss, least)
+        tried = widest * trial
+        codes, _ = nearest(blocks, tried[..., None], minimum[..., None], grid)
+        levels = _levels(codes, grid)
+        above = (importance * levels * (blocks - minimum[..., None])).sum(-1)
+        below = (importance * levels.square()).sum(-1)
+        for scale in (_kept(tried), _kept(torch.where(below > 0, above / below.clamp(min=1e-30), tried))):
+            _, values = nearest(blocks, scale[..., None], minimum[..., None], grid)
+            loss = ((blocks - values).square() * importance).sum(-1)
+            better = loss < least
+            best, least = torch.where(better, scale, best), torch.where(better, loss, least)
     return best, minimum
+
+
+def _levels(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
+    if grid.even:
+        return codes.float() + grid.levels[0]
+    return torch.tensor(grid.levels, dtype=torch.float32)[codes.long()]
 
 
 def nearest(
     weights: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, grid: Grid
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Numbers of the nearest levels, uint8, and what they stand for; a scale of 0 gives the level nearest 0."""
+    wanted = (weights - minimum) * torch.where(scale == 0, 0.0, 1 / scale)
+    if grid.even:
+        level = wanted.round_().clamp_(grid.levels[0], grid.levels[-1])
+        return (level - grid.levels[0]).to(torch.uint8), level * scale + minimum
     levels = torch.tensor(grid.levels, dtype=torch.float32)
-    wanted = torch.where(scale == 0, torch.zeros(()), (weights - minimum) / torch.where(scale == 0, 1.0, scale))
     codes = torch.bucketize(wanted.contiguous(), (levels[1:] + levels[:-1]) / 2)
     return codes.to(torch.uint8), levels[codes] * scale + minimum
 
 
-def _kept(values: torch.Tensor, grid: Grid) -> torch.Tensor:
-    return values.half().float() if grid.half else values
+def _kept(values: torch.Tensor) -> torch.Tensor:
+    return values.half().float()
 
 
 @torch.no_grad()
 def compensate_model(
-    model_dir: Path, windows: Mapping[str, np.ndarray], quant: str, store: Path, device: str = "cpu"
+    model_dir: Path, windows: Mapping[str, np.ndarray], grids: Mapping[str, Grid], store: Path, device: str = "cpu"
 ) -> None:
-    """Rounds the model's matrices layer by layer on windows of token ids, (n, window) a text; ``store`` keeps them.
+    """Rounds matrices of the layers one layer after the other on windows of token ids, (n, window) a text.
 
-    Each layer's moments are taken behind the rounded layers before it. Matrices whose rows do not divide into blocks
-    are left out. Raises InvalidRequest where there is no text or a window is longer than the model reads.
+    ``grids`` has the tensors to round. Each layer's moments are taken behind the rounded layers before it. ``store``
+    keeps what comes of it and is read by :class:`Compensated`. Raises InvalidRequest where there is no text or a window
+    is longer than the model reads.
     """
     from safetensors.torch import save_file
 
-    grid, anatomy = GRIDS[quant], describe(model_dir)
+    anatomy = describe(model_dir)
     model = LayerwiseModel(model_dir, anatomy, device, fast=True)
-    if not any(ids.size for ids in windows.values()):
-        raise InvalidRequest("compensated rounding needs calibration text")
-    check_window(model.config, max(ids.shape[1] for ids in windows.values()))
-    batches = [
-        part
-        for ids in windows.values()
-        for part in model.embed(ids).split(max(1, BATCH_TOKENS // ids.shape[1]))
-        if len(part)
-    ]
+    batches = model.embed_texts(windows)
     with folder_written_whole(store) as folder:
-        for index in track(range(len(anatomy.layers)), f"compensated rounding to {quant}, layer by layer"):
+        for index in track(range(len(anatomy.layers)), "compensated rounding, layer by layer"):
             with model.layer(index) as layer:
-                found = _round_layer(model, layer, batches, grid)
+                prefix = anatomy.prefix(index)
+                wanted = {
+                    name: grids[tensor]
+                    for name, _ in layer.named_modules()
+                    if (tensor := f"{prefix}{name}.weight") in grids
+                }
+                found = _round_layer(model, layer, batches, wanted)
                 save_file(
                     {
-                        f"{anatomy.prefix(index)}{name}.weight/{part}": getattr(rounded, part).contiguous()
+                        f"{prefix}{name}.weight/{part}": getattr(rounded, part).contiguous()
                         for name, rounded in found.items()
                         for part in ("codes", "scales", "minima")
                     },
                     folder / f"{index:05d}.safetensors",
                 )
                 for name, rounded in found.items():
-                    layer.get_submodule(name).weight.copy_(rounded.weights(grid))
-                batches = [model.forward(layer, batch.to(device)) for batch in batches]
+                    layer.get_submodule(name).weight.copy_(rounded.weights(wanted[name]))
+                batches = [model.forward(layer, batch.to(device)).cpu() for batch in batches]
 
 
-def _round_layer(model: LayerwiseModel, layer: Any, batches: list[torch.Tensor], grid: Grid) -> dict[str, Rounded]:
-    """One layer's matrices, rounded with the moments of what they read in ``batches``."""
-    there = {name: module for name, module in layer.named_modules() if name in MATRICES}
-    there = {name: module for name, module in there.items() if module.in_features % grid.block == 0}
-    reading = {name: name for name in there}
-    if "mlp.up_proj" in reading:
-        reading["mlp.up_proj"] = "mlp.gate_proj"  # they read the same
-    sums = {
-        name: torch.zeros(there[name].in_features, there[name].in_features, dtype=torch.float64)
-        for name in set(reading.values())
-    }
-    handles = []
-    for name, total in sums.items():
+def _round_layer(
+    model: LayerwiseModel, layer: Any, batches: list[torch.Tensor], grids: Mapping[str, Grid]
+) -> dict[str, Rounded]:
+    """Some matrices of one layer, rounded with the moments of what they read in ``batches``."""
+    reading = {name: READ_TOGETHER.get(name, name) for name in grids}
+    moments, handles = {}, []
+    for name in set(reading.values()):
+        module = layer.get_submodule(name)
+        total = moments[name] = torch.zeros(module.in_features, module.in_features, dtype=torch.float64)
 
         def add(_: Any, inputs: tuple[torch.Tensor], __: Any, total: torch.Tensor = total) -> None:
-            rows = inputs[0].flatten(0, -2).double().cpu()  # one token's activations may dwarf all others'
-            total += rows.T @ rows
+            rows = capped(inputs[0].flatten(0, -2).float())
+            total += (rows.T @ rows).double().cpu()
 
-        handles.append(there[name].register_forward_hook(add))
-    tokens = 0
+        handles.append(module.register_forward_hook(add))
     for batch in batches:
         model.forward(layer, batch.to(model.device))
-        tokens += batch.shape[0] * batch.shape[1]
     for handle in handles:
         handle.remove()
+    tokens = sum(batch.shape[0] * batch.shape[1] for batch in batches)
     return {
-        name: round_compensated(module.weight.detach().cpu(), sums[reading[name]] / tokens, grid)
-        for name, module in there.items()
+        name: round_compensated(layer.get_submodule(name).weight.detach().cpu(), moments[reading[name]] / tokens, grid)
+        for name, grid in grids.items()
     }
+
+
+def capped(rows: torch.Tensor) -> torch.Tensor:
+    """Inputs of a matrix, (tokens, inputs), those whose norm is over CAP medians brought down to it."""
+    norms = rows.norm(dim=1, keepdim=True)
+    return rows * (CAP * norms.median() / norms.clamp(min=1e-30)).clamp(max=1.0)
+
+
+class Roundings:
+    """A model folder rounded with compensation, once for each choice of grids.
+
+    ``windows`` are token ids, (n, window) a text, or what gives them when they are first needed; what comes of it lies
+    in a folder below ``scratch`` and goes with the object.
+    """
+
+    def __init__(
+        self, model_dir: Path, windows: Callable[[], Mapping[str, np.ndarray]], scratch: Path, device: str = "cpu"
+    ) -> None:
+        self._model_dir, self._windows, self._device = model_dir, windows, device
+        self._parent = scratch
+        self._folder: Path | None = None
+        self._done: dict[tuple[tuple[str, Grid], ...], Path] = {}
+
+    def of(self, grids: Mapping[str, Grid]) -> Compensated:
+        """These matrices on these grids, by tensor."""
+        key = tuple(sorted(grids.items(), key=lambda entry: entry[0]))
+        if key not in self._done:
+            if self._folder is None:
+                self._folder = aside(self._parent / "compensated")
+                weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+            store = self._folder / str(len(self._done))
+            compensate_model(self._model_dir, self._windows(), grids, store, self._device)
+            self._done[key] = store
+        return Compensated(self._done[key])
 
 
 class Compensated:
@@ -233,6 +327,9 @@ def gguf_blocks(rounded: Rounded, quant: str) -> np.ndarray:
     parts = [head.astype(np.float16)[..., None].view(np.uint8) for head in heads]
     if quant == "q8_0":
         parts.append((codes.astype(np.int16) + grid.levels[0]).astype(np.int8).view(np.uint8))
-    else:  # a byte holds a weight of the first half of its block and one of the second
+    else:  # a byte holds a weight of the first half of its block and one of the second, their fifth bits apart
+        if len(grid.levels) == 32:
+            parts.append(np.packbits(codes >> 4, axis=-1, bitorder="little"))
+            codes = codes & 15
         parts.append(codes[..., : grid.block // 2] | codes[..., grid.block // 2 :] << 4)
     return np.concatenate(parts, axis=-1).reshape(outputs, -1)

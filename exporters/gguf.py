@@ -15,7 +15,7 @@ from typing import Any
 
 from cusprun.errors import Failed, InvalidRequest
 from cusprun.exporters import gguf_metadata
-from cusprun.exporters.compensation import Compensated
+from cusprun.exporters.compensation import GRIDS, Compensated, Grid
 from cusprun.exporters.gguf_prediction import Fallback, Prediction, file_type, predict_gguf, tensor_types
 from cusprun.exporters.gguf_quantize import quantize_file
 from cusprun.exporters.gguf_source import GgufSource, Rounding
@@ -147,15 +147,12 @@ class GgufExport:
         imatrix: Path | None = None,
         threads: int | None = None,
         split_max: int | None = None,
-        compensated: Path | None = None,
+        compensated: Compensated | None = None,
     ) -> GgufReport:
         """Writes the file to ``out``, whole or not at all; where it has more than ``split_max`` bytes, its parts.
 
-        ``compensated`` is a folder of :func:`cusprun.exporters.compensation.compensate_model` for this type: its
-        matrices are taken as they are where the file has them in that type.
-
-        Raises Failed naming the tensor where weights are not finite or do not fit, or where the file is not what was
-        predicted.
+        ``compensated`` are matrices on the grids of :attr:`grids`, which are taken as they are. Raises Failed naming
+        the tensor where weights are not finite or do not fit, or where the file is not what was predicted.
         """
         if imatrix is not None:
             self.check_imatrix(imatrix)
@@ -186,11 +183,15 @@ class GgufExport:
             fallbacks=self.prediction.fallbacks,
         )
 
-    def _write_checked(self, part: Path, imatrix: Path | None, threads: int | None, compensated: Path | None) -> None:
+    def _write_checked(
+        self, part: Path, imatrix: Path | None, threads: int | None, compensated: Compensated | None
+    ) -> None:
         self._write_whole(part, imatrix, threads, compensated)
         self.prediction.check(load_metadata(part))
 
-    def _write_whole(self, part: Path, imatrix: Path | None, threads: int | None, compensated: Path | None) -> None:
+    def _write_whole(
+        self, part: Path, imatrix: Path | None, threads: int | None, compensated: Compensated | None
+    ) -> None:
         source, matrices = self.source, self.source.matrices()
         kind = file_type(self.quant, matrices)
         if TYPES[self.quant].plain:
@@ -198,19 +199,29 @@ class GgufExport:
             return
         types, _ = tensor_types(matrices, self.quant, self.overrides)
         weights = str(imatrix) if imatrix is not None else None
-        rounded = self._rounding(compensated) if compensated is not None else None
+        rounded = Rounding(compensated, self.prediction.types) if compensated is not None else None
         with _scratch(part) as whole:  # the quantizer copies what has its type already
             source.write(whole, source.matrix_type, file_type(source.matrix_type.lower(), matrices), rounded)
             run_in_child(quantize_file, str(whole), str(part), int(kind), threads or default_threads(), weights, types)
 
-    def _rounding(self, store: Path) -> Rounding:
-        held = Compensated(store)
-        names = {
-            plan.name
-            for plan in self.source.tensors("F32")
-            if plan.source in held and self.prediction.types[plan.name] == self.quant.upper()
+    @cached_property
+    def grids(self) -> dict[str, Grid]:
+        """The folder's matrices that can be rounded with compensation, in the types that the file will have them in.
+
+        Raises InvalidRequest where there are none.
+        """
+        kinds = {plan: self.prediction.types[plan.name].lower() for plan in self.source.tensors("F32")}
+        grids = {
+            source: GRIDS[kind]
+            for plan, kind in kinds.items()
+            if kind in GRIDS and plan.name not in OUTER
+            for source in plan.sources
         }
-        return Rounding(held, self.quant, frozenset(names))
+        if not grids:
+            raise InvalidRequest(
+                f"rounding gptq changes nothing in {self.quant}: no matrix would be of type {', '.join(GRIDS)}"
+            )
+        return grids
 
     def _check_overrides(self) -> None:
         """Raises InvalidRequest for overrides that nothing comes of."""

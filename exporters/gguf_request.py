@@ -9,6 +9,7 @@ from typing import Any
 
 from cusprun.as_llama import as_llama
 from cusprun.errors import InvalidRequest
+from cusprun.exporters.compensation import Compensated, Grid
 from cusprun.exporters.gguf import GgufExport, GgufReport
 from cusprun.exporters.gguf_card import read_card
 from cusprun.exporters.gguf_config import check_layers
@@ -68,16 +69,29 @@ class GgufRequest:
         """What the file will be, before it is split."""
         return self._export.prediction
 
+    @property
+    def grids(self) -> dict[str, Grid]:
+        """What of it can be rounded with compensation. Raises InvalidRequest where that is nothing."""
+        return self._export.grids
+
     def write(
-        self, target: Path | None = None, *, imatrix: Path | None = None, threads: int | None = None
+        self,
+        target: Path | None = None,
+        *,
+        imatrix: Path | None = None,
+        threads: int | None = None,
+        compensated: Compensated | None = None,
     ) -> GgufReport:
-        """Writes the file, to ``target`` where that is given; ``imatrix`` was taken of the corpus before."""
+        """Writes the file, to ``target`` where that is given.
+
+        ``imatrix`` was taken of the corpus before; ``compensated`` are matrices on the grids of :attr:`grids`.
+        """
         target, imatrix = target or self.target, imatrix or self._imatrix
         if imatrix is not None or self._corpus is None:
-            return self._export.write(target, imatrix, threads, self._split_max)
+            return self._export.write(target, imatrix, threads, self._split_max, compensated)
         taken = imatrix_of_text(self.folder, self._corpus, target.with_suffix(".imatrix"), self._tokens)
         try:
-            return self._export.write(target, taken, threads, self._split_max)
+            return self._export.write(target, taken, threads, self._split_max, compensated)
         except BaseException:
             taken.unlink(missing_ok=True)
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -13,7 +14,7 @@ from cusprun.anatomy import Anatomy, describe, read_config
 from cusprun.checkpoint import Weights
 from cusprun.errors import InvalidRequest
 from cusprun.exporters import gguf_metadata, gguf_tensors, gguf_tokenizer
-from cusprun.exporters.compensation import Compensated, gguf_blocks
+from cusprun.exporters.compensation import Compensated, gguf_blocks, join_rows
 from cusprun.exporters.gguf_config import check_layers, read_number
 from cusprun.progress import say
 
@@ -23,16 +24,22 @@ _FLOAT32 = np.dtype(np.float32)
 
 @dataclass(frozen=True)
 class Rounding:
-    """Matrices that are rounded already: what they are, and the names in the file of those to take as they are."""
+    """Matrices that are rounded already, and the types of all tensors by their names in the file."""
 
     compensated: Compensated
-    quant: str
-    names: frozenset[str]
+    types: Mapping[str, str]
+
+    def plan(self, plan: gguf_tensors.TensorPlan) -> gguf_tensors.TensorPlan:
+        """A tensor's plan, with its type of blocks where it is one of them."""
+        held = plan.source is not None and plan.source in self.compensated
+        return replace(plan, type=self.types[plan.name]) if held else plan
 
     def blocks(self, plan: gguf_tensors.TensorPlan) -> np.ndarray:
         """The data of one of them."""
-        assert plan.source is not None
-        return gguf_blocks(self.compensated[plan.source], self.quant)
+        matrix = join_rows([self.compensated[source] for source in plan.sources])
+        if plan.rotary_heads:
+            matrix = matrix.change_rows(lambda rows: gguf_tensors.to_rotary_pairs(rows, plan.rotary_heads))
+        return gguf_blocks(matrix, plan.type.lower())
 
 
 def padded(count: int) -> int:
@@ -83,14 +90,13 @@ class GgufSource:
     def write(
         self, path: Path, matrix_type: str, file_type: gguf.LlamaFileType, rounded: Rounding | None = None
     ) -> None:
-        """Writes the file with matrices in ``matrix_type``, those of ``rounded`` in its type of blocks.
+        """Writes the file with matrices in ``matrix_type``, those of ``rounded`` as they are.
 
         At most one tensor is in memory.
         """
         plans = self.tensors(matrix_type)
         if rounded is not None:
-            kind = rounded.quant.upper()
-            plans = [replace(plan, type=kind) if plan.name in rounded.names else plan for plan in plans]
+            plans = [rounded.plan(plan) for plan in plans]
         writer = self._begin(path, plans, file_type)
         try:
             blocks = rounded.blocks if rounded is not None else None

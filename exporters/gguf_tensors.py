@@ -52,6 +52,11 @@ class TensorPlan:
     added: float = 0.0  # to every entry
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """The tensors of the folder that it is made of, the first on top; none where it is computed."""
+        return () if self.source is None else (self.source, *self.below)
+
+    @property
     def bytes(self) -> int:
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType[self.type]]
         return math.prod(self.shape) // block * size

@@ -17,13 +17,11 @@ from cusprun.checkpoint import load_tokenizer
 from cusprun.corpora.document import Scenario
 from cusprun.corpora.own import read_own
 from cusprun.corpora.packing import pack_windows
-from cusprun.errors import InvalidRequest
 from cusprun.exporters.gguf_tensors import gguf_name
 from cusprun.exporters.imatrix_file import Imatrix, write_imatrix
-from cusprun.layerwise import LayerwiseModel, check_window
+from cusprun.layerwise import LayerwiseModel
 from cusprun.progress import track
 
-BATCH_TOKENS = 2048
 WINDOW = 512
 
 
@@ -36,16 +34,7 @@ def collect_imatrix(model_dir: Path, windows: Mapping[str, np.ndarray], device: 
     """
     anatomy = describe(model_dir)
     model = LayerwiseModel(model_dir, anatomy, device, fast=True)
-    if not any(ids.size for ids in windows.values()):
-        raise InvalidRequest("an importance matrix needs calibration text")
-    longest = max(ids.shape[1] for ids in windows.values())
-    check_window(model.config, longest)
-    batches = [
-        part
-        for ids in windows.values()
-        for part in model.embed(ids).split(max(1, BATCH_TOKENS // ids.shape[1]))
-        if len(part)
-    ]
+    batches = model.embed_texts(windows)
     sums: dict[str, np.ndarray] = {}
     for index in track(range(len(anatomy.layers)), "importance matrix, layer by layer"):
         with model.layer(index) as layer:
@@ -70,7 +59,7 @@ def collect_imatrix(model_dir: Path, windows: Mapping[str, np.ndarray], device: 
             total = sum(norm(batch).flatten(0, 1).square().sum(0, dtype=torch.float64).cpu() for batch in batches)
             assert isinstance(total, torch.Tensor)
             sums[gguf_name(anatomy, anatomy.family.output)[0]] = total.numpy()
-    return Imatrix(sums, sum(ids.size for ids in windows.values()), longest)
+    return Imatrix(sums, sum(ids.size for ids in windows.values()), max(ids.shape[1] for ids in windows.values()))
 
 
 def imatrix_of_text(model_dir: Path, corpus: Path, path: Path, tokens: int) -> Path:
@@ -79,7 +68,14 @@ def imatrix_of_text(model_dir: Path, corpus: Path, path: Path, tokens: int) -> P
     All of the text may be read: what is evaluated later has to be other text. Raises InvalidRequest where the text is
     missing, in no form that is read, or too short.
     """
-    documents = read_own(corpus, f"file:{corpus.name}", Scenario())
-    windows = pack_windows(documents, load_tokenizer(model_dir), tokens, WINDOW, seed=0)
-    write_imatrix(path, collect_imatrix(model_dir, {corpus.name: windows}), [corpus.name])
+    write_imatrix(path, collect_imatrix(model_dir, read_windows(model_dir, corpus, tokens)), [corpus.name])
     return path
+
+
+def read_windows(model_dir: Path, corpus: Path, tokens: int) -> dict[str, np.ndarray]:
+    """About ``tokens`` tokens of the user's text in windows, (n, window), under its name.
+
+    Raises InvalidRequest where the text is missing, in no form that is read, or too short.
+    """
+    documents = read_own(corpus, f"file:{corpus.name}", Scenario())
+    return {corpus.name: pack_windows(documents, load_tokenizer(model_dir), tokens, WINDOW, seed=0)}

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from cusprun.anatomy import Anatomy, describe, read_config
 from cusprun.checkpoint import Weights
 from cusprun.errors import Failed, InvalidRequest
-from cusprun.exporters.compensation import Compensated
+from cusprun.exporters.compensation import Compensated, Grid, find_grid
 from cusprun.exporters.onnx_folder import DATA, GRAPH, write_beside
 from cusprun.exporters.onnx_graph import Decoder, Tables, build_model
 from cusprun.exporters.onnx_matrices import Blocks, Dynamic, Float, Multiplies, Source
@@ -80,9 +80,8 @@ class OnnxExport:
 
     ``quant`` is one of cusprun.onnx_types.TYPES, ``context`` the number of positions that can be used (default: the
     model's own, 32,768 at most). Of int4 only: ``block_size`` weights share a scale; without ``symmetric`` they share a
-    fitted zero point too; ``output_bits`` is the width of the output layer; ``compensated`` is a folder of
-    :func:`cusprun.exporters.compensation.compensate_model` for int4 in symmetric blocks of 32. Raises InvalidRequest
-    where the request or the folder makes no sense.
+    fitted zero point too; ``output_bits`` is the width of the output layer. Raises InvalidRequest where the request or
+    the folder makes no sense.
     """
 
     def __init__(
@@ -95,7 +94,6 @@ class OnnxExport:
         block_size: int = 32,
         symmetric: bool = True,
         output_bits: int = 8,
-        compensated: Path | None = None,
     ) -> None:
         if quant not in TYPES:
             raise InvalidRequest(f"ONNX type {quant!r} is unknown: write one of {NAMES}")
@@ -109,13 +107,13 @@ class OnnxExport:
         multiplies: Multiplies
         self.settings: dict[str, Any] = {}
         if TYPES[quant].weight == "blocks":
-            held = Compensated(compensated) if compensated is not None else None
-            multiplies = Blocks(source, 4, block_size, k_quant=not symmetric, output_bits=output_bits, compensated=held)
+            multiplies = Blocks(source, 4, block_size, k_quant=not symmetric, output_bits=output_bits)
             self.settings = {"block_size": block_size, "symmetric": symmetric, "output_bits": output_bits}
         else:
             multiplies = Dynamic(source) if TYPES[quant].weight == "dynamic" else Float(source)
         decoder = _decoder(model_dir, self.anatomy, context)
         self.positions = decoder.positions
+        self._multiplies = multiplies
         self._model = build_model(decoder, source, multiplies)
 
     @property
@@ -125,8 +123,23 @@ class OnnxExport:
         size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
         return OnnxPrediction(self.quant, size, self.anatomy.parameters, self.positions, self.settings)
 
-    def write(self, out: Path) -> OnnxReport:
-        """Writes the folder, whole or not at all. Raises Failed naming a tensor that is not finite or does not fit."""
+    @property
+    def grids(self) -> dict[str, Grid]:
+        """The folder's matrices that can be rounded with compensation: those of the layers whose rows divide."""
+        block, family = self.settings["block_size"], self.anatomy.family
+        return {
+            name: find_grid("int4", block)
+            for name, shape in self.anatomy.tensor_shapes()
+            if name not in (family.embedding, family.output) and len(shape) == 2 and shape[1] % block == 0
+        }
+
+    def write(self, out: Path, compensated: Compensated | None = None) -> OnnxReport:
+        """Writes the folder, whole or not at all; matrices of ``compensated`` are taken as they are.
+
+        They are on the grids of :attr:`grids`. Raises Failed naming a tensor that is not finite or does not fit.
+        """
+        if isinstance(self._multiplies, Blocks):
+            self._multiplies.compensated = compensated
         try:
             with folder_written_whole(out) as part:
                 ir.save(self._model, part / GRAPH, external_data=DATA, size_threshold_bytes=SMALL)

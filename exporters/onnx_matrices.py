@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from cusprun.checkpoint import Weights
 from cusprun.errors import Failed
-from cusprun.exporters.compensation import Compensated
+from cusprun.exporters.compensation import Compensated, join_rows
 from cusprun.exporters.onnx_ops import MICROSOFT, Operators
 
 ACCURACY_INT8 = 4  # MatMulNBits multiplies in int8; without it the same product takes ten times as long on a CPU
@@ -140,9 +140,9 @@ class Blocks:
         *,
         k_quant: bool = False,
         output_bits: int = 8,
-        compensated: Compensated | None = None,
     ) -> None:
-        self.source, self.bits, self.block, self.compensated = source, bits, block, compensated
+        self.source, self.bits, self.block = source, bits, block
+        self.compensated: Compensated | None = None
         self.k_quant, self.output_bits = k_quant, output_bits
 
     def linear(self, graph: Operators, inputs: ir.Value, matrix: Matrix) -> ir.Value:
@@ -174,10 +174,8 @@ class Blocks:
 
         def part(index: int) -> np.ndarray:
             if self.compensated is not None and all(tensor in self.compensated for tensor in matrix.parts):
-                found = [self.compensated[tensor] for tensor in matrix.parts]
-                codes = np.concatenate([rounded.codes.numpy() for rounded in found])
-                scales = np.concatenate([rounded.scales.numpy() for rounded in found])
-                return (pack(codes.reshape(*shape, block), bits), scales)[index]
+                found = join_rows([self.compensated[tensor] for tensor in matrix.parts])
+                return (pack(found.codes.numpy().reshape(*shape, block), bits), found.scales.numpy())[index]
             return quantize(self.source.rows(matrix), bits, block)[index]
 
         byte, shape = np.dtype(np.uint8), (matrix.outputs, blocks)

@@ -9,14 +9,18 @@ import math
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cusprun.checkpoint import load_model
 from cusprun.errors import Failed, InvalidRequest
 from cusprun.runtimes import Runtime, default_threads, open_runtime
 from cusprun.runtimes.child import run_in_child
 from cusprun.runtimes.gguf_header import load_metadata
+
+if TYPE_CHECKING:
+    from cusprun.runtimes.folder_tokenizer import FolderTokenizer
 
 # Least top-1 agreement and largest mean KL divergence (nats) with torch in float32.
 STRICT = {"f32": (0.999, 1e-4), "f16": (0.995, 1e-3), "fp32": (0.999, 1e-4), "fp16": (0.995, 1e-3)}
@@ -143,36 +147,37 @@ def _judge(gguf: Path, proof: Proof, strict: bool, architecture: str = "") -> No
 
 def compare_on_windows(artifact: str, model_dir: str, windows: str, quant: str, threads: int) -> dict[str, Any]:
     """What :class:`Proof` holds of the comparison; runs in the child process."""
-    from cusprun.runtimes.torch_runtime import TorchRuntime
+    from cusprun.runtimes.folder_tokenizer import FolderTokenizer
 
     batches = np.load(windows, allow_pickle=False)
     length = batches.shape[1]
+    reference = _Reference(Path(model_dir), batches, threads)  # done with its weights before the other has any
     candidate = _open(Path(artifact), quant, context=length, threads=threads)
-    reference = TorchRuntime(Path(model_dir), context=length, threads=threads)
     if candidate.n_vocab != reference.n_vocab:
         raise Failed(f"{artifact} has {candidate.n_vocab} tokens and {model_dir} {reference.n_vocab}")
-    if length > min(candidate.n_context, reference.n_context):
+    if length > candidate.n_context:
         raise InvalidRequest(f"windows of {length} tokens do not fit the model's context of {candidate.n_context}")
     divergences: list[np.ndarray] = []
     agreed = 0
     losses = np.zeros(2)
-    for batch in batches.tolist():
-        wanted, got = reference.logits(batch), candidate.logits(batch)
+    for number, batch in enumerate(batches.tolist()):
+        got = candidate.logits(batch)
         for first in range(0, length, ROWS):
             rows = slice(first, first + ROWS)
             targets = np.array(batch[first + 1 : first + ROWS + 1], dtype=np.int64)
-            kld, same, nll = compare_logits(wanted[rows], got[rows], targets)
+            kld, same, nll = compare_logits(reference.logits(number, rows), got[rows], targets)
             divergences.append(kld)
             agreed += int(same.sum())
             losses += nll
     kld = np.concatenate(divergences)
     perplexities = np.exp(losses / (batches.shape[0] * (length - 1)))
-    texts = [*HARD_STRINGS, reference.decode(batches[0].tolist())]
+    tokenizer = FolderTokenizer(Path(model_dir))
+    texts = [*HARD_STRINGS, tokenizer.decode(batches[0].tolist())]
     if Path(artifact).suffix == ".gguf" and load_metadata(Path(artifact)).metadata["tokenizer.ggml.model"] == "llama":
         # Where a text or a special token is followed by a space, llama.cpp puts SentencePiece's own space in front as
         # SentencePiece does, and transformers' Metaspace does not: a difference of long standing, not of this file.
         texts = [text.strip() for text in texts if "<" not in text]
-    difference = tokenizer_difference(reference, candidate, texts)
+    difference = tokenizer_difference(tokenizer, candidate, texts)
     return {
         "top1_agreement": agreed / kld.size,
         "kld_mean": float(kld.mean()),
@@ -183,6 +188,40 @@ def compare_on_windows(artifact: str, model_dir: str, windows: str, quant: str, 
         "perplexity_torch": float(perplexities[0]),
         "perplexity_artifact": float(perplexities[1]),
     }
+
+
+class _Reference:
+    """What torch makes of windows of token ids, (n, window), in float32.
+
+    The hidden states are kept and the output matrix; the rest of the weights goes before the artifact is opened.
+    """
+
+    def __init__(self, folder: Path, windows: np.ndarray, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        model = load_model(folder)
+        limit = int(model.config.max_position_embeddings)
+        if windows.shape[1] > limit:
+            raise InvalidRequest(f"windows of {windows.shape[1]} tokens do not fit the model's context of {limit}")
+        with torch.inference_mode():
+            self._states = [model.model(torch.from_numpy(ids[None])).last_hidden_state[0] for ids in windows]
+            output = model.get_output_embeddings()
+            self._matrix = output.weight.clone()  # of its own: the model's may be a part of the mapped file
+        assert output.bias is None
+        self._cap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self.n_vocab = len(self._matrix)
+
+    def logits(self, window: int, rows: slice) -> np.ndarray:
+        """Logits of some positions of a window, (rows, n_vocab) float32."""
+        import torch
+
+        with torch.inference_mode():
+            found = self._states[window][rows] @ self._matrix.T
+            if self._cap is not None:
+                found = self._cap * torch.tanh(found / self._cap)
+        values: np.ndarray = found.numpy()
+        return values
 
 
 def _open(artifact: Path, quant: str, *, context: int, threads: int) -> Runtime:
@@ -219,7 +258,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return normal
 
 
-def tokenizer_difference(reference: Runtime, candidate: Runtime, texts: list[str]) -> str | None:
+def tokenizer_difference(reference: FolderTokenizer, candidate: Runtime, texts: list[str]) -> str | None:
     """The first of ``texts`` that the two cut differently, with what they make of it; None where there is none."""
     if reference.bos != candidate.bos:
         return f"token in front: {reference.bos} in torch, {candidate.bos} in the file"

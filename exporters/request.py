@@ -15,13 +15,15 @@ import numpy as np
 from cusprun.as_llama import as_llama
 from cusprun.checkpoint import load_tokenizer
 from cusprun.errors import Failed, InvalidRequest
+from cusprun.exporters.compensation import Compensated, Roundings
 from cusprun.exporters.gguf import GgufReport
 from cusprun.exporters.gguf_prediction import Prediction
 from cusprun.exporters.gguf_request import GgufRequest, name_of
+from cusprun.exporters.imatrix import read_windows
 from cusprun.exporters.onnx import OnnxExport, OnnxPrediction, OnnxReport
 from cusprun.exporters.proof import HARD_STRINGS, Proof, prove_gguf, prove_onnx
 from cusprun.files import aside
-from cusprun.formats import format_of, resolve
+from cusprun.formats import Rounding, format_of, parse_rounding, resolve, rounding_of
 from cusprun.quants import is_weighed
 
 PROOF_TOKENS = 256  # of each window
@@ -32,6 +34,7 @@ class Settings:
     """Everything that is not the same for every export; see the flags of `cusprun-edge export`."""
 
     name: str | None = None
+    rounding: str | None = None  # default: imatrix where there is one or text to take it of, else nearest
     imatrix: Path | None = None
     corpus: Path | None = None
     tokens: int = 16384
@@ -44,6 +47,11 @@ class Settings:
     threads: int | None = None
     prove: bool = True
 
+    @property
+    def how(self) -> Rounding:
+        """How types are rounded that have a choice. Raises InvalidRequest for a rounding that does not exist."""
+        return parse_rounding(self.rounding, weighed=self.imatrix is not None or self.corpus is not None)
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -51,10 +59,15 @@ class Exported:
 
     report: GgufReport | OnnxReport
     proof: Proof | None
+    rounding: Rounding
 
     def as_json(self) -> dict[str, Any]:
         """What `cusprun-edge export --json` prints."""
-        return {**self.report.as_json(), "proof": self.proof.as_dict() if self.proof else None}
+        return {
+            **self.report.as_json(),
+            "rounding": self.rounding,
+            "proof": self.proof.as_dict() if self.proof else None,
+        }
 
     def as_lines(self) -> list[str]:
         """What `cusprun-edge export` prints."""
@@ -86,20 +99,55 @@ def export_model(
     several = len(quants) > 1
     if several and out.suffix == ".gguf":
         raise InvalidRequest(f"--out {out} is one file and {len(quants)} types were asked for: name a folder")
-    if settings.imatrix is not None and settings.corpus is not None:
-        raise InvalidRequest("--imatrix and --corpus are two ways to the same: give one")
+    _check_rounding(quants, settings)
     _check_flags(quants, settings)
     planned = [_plan(model, out, quant, several, settings) for quant in quants]
     if dry_run:
         return [plan for plan, _ in planned]
     found: list[Exported] = []
-    matrix: Path | None = None
-    for quant, (_, write) in zip(quants, planned, strict=True):
-        found.append(write(matrix))
-        if matrix is None and several and settings.corpus is not None and format_of(quant) == "gguf":
-            taken = Path(found[-1].report.path).with_suffix(".imatrix")
-            matrix = taken if taken.is_file() else None
+    shared = Shared(model, out, settings)
+    for _, write in planned:
+        found.append(write(shared))
+        taken = Path(found[-1].report.path).with_suffix(".imatrix")
+        if several and shared.imatrix is None and settings.corpus is not None and taken.is_file():
+            shared.imatrix = taken
     return found
+
+
+class Shared:
+    """What is taken of the corpus once and serves every type of a request that has a use for it."""
+
+    def __init__(self, model: Path, out: Path, settings: Settings) -> None:
+        self.imatrix: Path | None = None
+        folder, corpus = as_llama(model), settings.corpus
+        existing = next(parent for parent in out.absolute().parents if parent.is_dir())
+        self._roundings = Roundings(
+            folder, lambda: read_windows(folder, corpus, settings.tokens) if corpus is not None else {}, existing
+        )
+
+    def compensated(self, rounding: Rounding, export: GgufRequest | OnnxExport) -> Compensated | None:
+        """The matrices that an export takes as they are; None where it is rounded otherwise."""
+        return self._roundings.of(export.grids) if rounding == "gptq" else None
+
+
+def _check_rounding(quants: Sequence[str], settings: Settings) -> None:
+    """Raises InvalidRequest where the rounding that is asked for cannot be, or changes nothing."""
+    if settings.imatrix is not None and settings.corpus is not None:
+        raise InvalidRequest("--imatrix and --corpus are two ways to the same: give one")
+    weighed, rounding = settings.imatrix is not None or settings.corpus is not None, settings.how
+    if rounding == "nearest" and weighed:
+        raise InvalidRequest("--rounding nearest has no use for --imatrix or --corpus: leave them out")
+    if rounding == "imatrix" and not weighed:
+        raise InvalidRequest("--rounding imatrix needs --corpus TEXT or --imatrix FILE")
+    if rounding == "gptq":
+        if settings.corpus is None:
+            raise InvalidRequest("--rounding gptq needs text to round by: give it with --corpus TEXT")
+        if "gptq" not in [rounding_of(quant, rounding) for quant in quants]:
+            raise InvalidRequest(
+                f"--rounding gptq changes nothing in {', '.join(quants)}: it is for int4 and quantized types of GGUF"
+            )
+        if settings.zero_points:
+            raise InvalidRequest("--rounding gptq is written for symmetric blocks: leave --zero-points out")
 
 
 def _check_flags(quants: Sequence[str], settings: Settings) -> None:
@@ -110,7 +158,7 @@ def _check_flags(quants: Sequence[str], settings: Settings) -> None:
         "--tensor-type": (settings.tensor_types, gguf, "a type of GGUF"),
         "--split-max-size": (settings.split_max_size, gguf, "a type of GGUF"),
         "--imatrix": (settings.imatrix, weighed, "a type of GGUF below eight bits"),
-        "--corpus": (settings.corpus, weighed, "a type of GGUF below eight bits"),
+        "--corpus": (settings.corpus, weighed or settings.how == "gptq", "a type of GGUF below eight bits"),
         "--block-size": (settings.block_size != 32, "int4" in quants, "int4"),
         "--zero-points": (settings.zero_points, "int4" in quants, "int4"),
         "--output-bits": (settings.output_bits != 8, "int4" in quants, "int4"),
@@ -124,9 +172,9 @@ def _check_flags(quants: Sequence[str], settings: Settings) -> None:
 
 def _plan(
     model: Path, out: Path, quant: str, several: bool, settings: Settings
-) -> tuple[Planned, Callable[[Path | None], Exported]]:
-    """What the export in one type will be, and what writes it, given the importance matrix of another before it."""
-    name = settings.name or name_of(model)
+) -> tuple[Planned, Callable[[Shared], Exported]]:
+    """What the export in one type will be, and what writes it."""
+    name, rounding = settings.name or name_of(model), rounding_of(quant, settings.how)
     if format_of(quant) == "onnx":
         target = out / quant if several else out
         if target.exists():
@@ -135,21 +183,27 @@ def _plan(
             as_llama(model), quant, name=name, context=settings.context, block_size=settings.block_size,
             symmetric=not settings.zero_points, output_bits=settings.output_bits,
         )  # fmt: skip
-        return export.prediction, lambda _: _write_onnx(export, target, settings)
-    weighed = not several or is_weighed(quant)
+        return export.prediction, lambda shared: _write_onnx(export, target, rounding, settings, shared)
+    single = settings.how == "imatrix" and not several  # says itself that it has no use for one
+    weighed = settings.how != "nearest" and (single or is_weighed(quant))
     request = GgufRequest(
         model, out, quant, name=name, imatrix=settings.imatrix if weighed else None,
         corpus=settings.corpus if weighed else None, tokens=settings.tokens, tensor_types=settings.tensor_types,
         split_max_size=settings.split_max_size,
     )  # fmt: skip
-    return request.prediction, lambda matrix: _write_gguf(request, settings, matrix if weighed else None)
+    if rounding == "gptq":
+        _ = request.grids  # says where there is nothing to round so
+    return request.prediction, lambda shared: _write_gguf(request, rounding, weighed, settings, shared)
 
 
-def _write_gguf(request: GgufRequest, settings: Settings, matrix: Path | None) -> Exported:
-    target = request.target
+def _write_gguf(
+    request: GgufRequest, rounding: Rounding, weighed: bool, settings: Settings, shared: Shared
+) -> Exported:
+    target, matrix = request.target, shared.imatrix if weighed else None
+    compensated = shared.compensated(rounding, request)
     with _beside(target) as folder:
         folder.mkdir(parents=True)
-        report = request.write(folder / target.name, imatrix=matrix, threads=settings.threads)
+        report = request.write(folder / target.name, imatrix=matrix, threads=settings.threads, compensated=compensated)
         proof = None
         if settings.prove:
             proof = prove_gguf(report.path, request.folder, proof_windows(request.folder), threads=settings.threads)
@@ -157,18 +211,19 @@ def _write_gguf(request: GgufRequest, settings: Settings, matrix: Path | None) -
         for file in sorted(folder.iterdir(), key=lambda file: (file == report.path, file.name)):
             os.replace(file, target.with_name(file.name))
         moved = tuple(target.with_name(part.name) for part in report.parts)
-        return Exported(replace(report, path=target.with_name(report.path.name), parts=moved), proof)
+        return Exported(replace(report, path=target.with_name(report.path.name), parts=moved), proof, rounding)
 
 
-def _write_onnx(export: OnnxExport, target: Path, settings: Settings) -> Exported:
+def _write_onnx(export: OnnxExport, target: Path, rounding: Rounding, settings: Settings, shared: Shared) -> Exported:
+    compensated = shared.compensated(rounding, export)
     with _beside(target) as folder:
-        report = export.write(folder)
+        report = export.write(folder, compensated)
         proof = None
         if settings.prove:
             windows = proof_windows(export.model_dir, report.context)
             proof = prove_onnx(folder, export.model_dir, export.quant, windows, threads=settings.threads)
         os.rename(folder, target)
-        return Exported(replace(report, path=target), proof)
+        return Exported(replace(report, path=target), proof, rounding)
 
 
 @contextmanager

@@ -104,6 +104,6 @@ def test_files_that_are_none(folder: Path, tmp_path: Path) -> None:
     model = export_gguf(folder, tmp_path / "model.gguf", "f16").path
     with pytest.raises(InvalidRequest, match="holds no importance matrix"):
         export_gguf(folder, tmp_path / "x.gguf", "q4_0", imatrix=model)
-    with pytest.raises(InvalidRequest, match="needs calibration text"):
+    with pytest.raises(InvalidRequest, match="there is no calibration text"):
         collect_imatrix(folder, {"text": windows(folder)[:0]})
     assert not (tmp_path / "x.gguf").exists()
