@@ -28,15 +28,20 @@ PROOF_WINDOWS = 8
 ROUNDING_STRIDE = 4  # of the calibration windows every fourth gives the importance matrix, or what GPTQ rounds by
 
 
+def sample_windows(path: Path) -> dict[str, np.ndarray]:
+    """Some of the calibration windows of a file, (n, window) by text: rounding needs fewer than the cut."""
+    return {name: ids[::ROUNDING_STRIDE] for name, ids in read_windows(path).items()}
+
+
 class Artifacts:
     """Exports of one build; each is a stage."""
 
     def __init__(self, prepared: Prepared, dense: Dense, stages: Stages, cut: Cut) -> None:
         self.prepared, self.recipe, self.out = prepared, prepared.recipe, prepared.out
         self.dense, self.stages, self.cut = dense, stages, cut
-        scratch, device = stages.folder, self.recipe.device
-        self._expert_rounded = Roundings(self.out / "model", lambda: self._sample(self._own_windows()), scratch, device)
-        self._dense_rounded = Roundings(dense.folder, lambda: self._sample(cut.windows_path), scratch, device)
+        aside, device = stages.folder, self.recipe.device
+        self._expert_rounded = Roundings(self.out / "model", lambda: sample_windows(self._own_windows()), aside, device)
+        self._dense_rounded = Roundings(dense.folder, lambda: sample_windows(cut.windows_path), aside, device)
 
     def export(self, quant: str, model_key: str) -> dict[str, Any]:
         """Writes and proves the expert in one type; its entry in expert.json."""
@@ -121,13 +126,8 @@ class Artifacts:
         from cusprun.exporters.imatrix import collect_imatrix
         from cusprun.exporters.imatrix_file import write_imatrix
 
-        texts = self._sample(windows)
+        texts = sample_windows(windows)
         write_imatrix(path, collect_imatrix(folder, texts, self.recipe.device), list(texts))
-
-    @staticmethod
-    def _sample(windows: Path) -> dict[str, np.ndarray]:
-        """Some of the calibration windows: rounding needs fewer than the cut."""
-        return {name: ids[::ROUNDING_STRIDE] for name, ids in read_windows(windows).items()}
 
     def _metadata(self) -> dict[str, str | list[str]]:
         from cusprun.exporters.gguf_card import read_card

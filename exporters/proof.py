@@ -5,16 +5,20 @@ Both run in a child process, window by window, so that a crash of native code is
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cusprun.checkpoint import load_model
+from cusprun.anatomy import describe
+from cusprun.checkpoint import Weights, load_model
 from cusprun.errors import Failed, InvalidRequest
+from cusprun.formats import bits_of
 from cusprun.runtimes import Runtime, default_threads, open_runtime
 from cusprun.runtimes.child import run_in_child
 from cusprun.runtimes.gguf_header import load_metadata
@@ -27,6 +31,10 @@ STRICT = {"f32": (0.999, 1e-4), "f16": (0.995, 1e-3), "fp32": (0.999, 1e-4), "fp
 GELU = ("gemma2", "gemma3")  # llama.cpp reads GELU from a table of 16-bit values, in f32 files too: near ties flip
 GELU_TOP1 = 0.99
 BROKEN_KLD = 2.0  # nats; rounding does not do this, wrong tensors do
+# Mean KL divergence (nats) that each rounded type brings to the embedded dense model, by benchmarks.peers.limits; the
+# smallest model that is exported loses most. Others may lose as many times as much:
+LIMITS = Path(__file__).with_name("limits.json")
+SLACK = 3.0
 TIE = 1e-5  # relative difference of torch's own logits below which either token is its first choice
 ROWS = 32  # rows compared at a time, in float64
 HARD_STRINGS = (
@@ -69,7 +77,8 @@ def prove_gguf(
     """Compares ``gguf`` with the model folder on ``windows``, (n, window) token ids.
 
     Raises Failed where llama.cpp crashes or refuses the file, where the result is not finite or further away than
-    rounding can bring it, and, with ``strict``, where an f32 or f16 file misses STRICT or the tokenizers differ.
+    rounding can bring it, and, with ``strict``, where an f32 or f16 file misses STRICT, a rounded one its type's limit,
+    or the tokenizers differ.
     """
     info = load_metadata(gguf)
     found = _compare(gguf, model_dir, windows, info.vocab_size, info.quant, threads)
@@ -124,6 +133,25 @@ def _compare(
     return found
 
 
+def rounding_limit(quant: str) -> float | None:
+    """The largest mean KL divergence (nats) of a rounded type; None for one that no figure is known of.
+
+    A type of fewer bits is never allowed less than one of more: the embedded model came from a file of type q4_1, which
+    it therefore fits better than another model would.
+    """
+    known = _limits()["types"]
+    if quant not in known:
+        return None
+    above = [float(entry["kld_mean"]) for name, entry in known.items() if bits_of(name) >= bits_of(quant)]
+    return min(BROKEN_KLD, SLACK * max(above))
+
+
+@cache
+def _limits() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(LIMITS.read_text(encoding="utf-8"))
+    return found
+
+
 def _judge(gguf: Path, proof: Proof, strict: bool, architecture: str = "") -> None:
     if not math.isfinite(proof.kld_mean) or proof.kld_mean > BROKEN_KLD:
         raise Failed(
@@ -134,6 +162,13 @@ def _judge(gguf: Path, proof: Proof, strict: bool, architecture: str = "") -> No
         return
     if not proof.tokenizer_equal:
         raise Failed(f"{gguf} cuts this text into other tokens than the model folder: {proof.tokenizer_difference}")
+    limit = rounding_limit(proof.quant)
+    if limit is not None and proof.kld_mean > limit:
+        raise Failed(
+            f"{gguf} is further from torch than {proof.quant} explains: mean KL {proof.kld_mean:.3g} nats on "
+            f"{proof.tokens} tokens, and {limit:.3g} is {SLACK:g} times what the type costs {_limits()['model']}. "
+            "Choose a type of more bits or another --rounding; export --no-prove writes it all the same"
+        )
     if proof.quant in STRICT:
         least, largest = STRICT[proof.quant]
         if architecture in GELU:
@@ -206,11 +241,11 @@ class _Reference:
             raise InvalidRequest(f"windows of {windows.shape[1]} tokens do not fit the model's context of {limit}")
         with torch.inference_mode():
             self._states = [model.model(torch.from_numpy(ids[None])).last_hidden_state[0] for ids in windows]
-            output = model.get_output_embeddings()
-            self._matrix = output.weight.clone()  # of its own: the model's may be a part of the mapped file
-        assert output.bias is None
-        self._cap: float | None = getattr(model.config, "final_logit_softcapping", None)
-        self.n_vocab = len(self._matrix)
+        del model
+        anatomy = describe(folder)
+        name = anatomy.family.embedding if anatomy.tied else anatomy.family.output
+        self._matrix = Weights(folder)[name].float()
+        self._cap, self.n_vocab = anatomy.output_softcap, len(self._matrix)
 
     def logits(self, window: int, rows: slice) -> np.ndarray:
         """Logits of some positions of a window, (rows, n_vocab) float32."""

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,18 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from cusprun.benchmarks.cost import cost
-from cusprun.benchmarks.environment import environment
+from cusprun.benchmarks.peers.expert_study import ExpertStudy, run_study
 from cusprun.benchmarks.quality import evaluate_corpora
 from cusprun.benchmarks.speed import bench, ratios
-from cusprun.corpora.cache import cache_folder
 from cusprun.corpora.selection import read_texts
-from cusprun.dense import Dense, find_dense
-from cusprun.errors import Failed, InvalidRequest
+from cusprun.errors import Failed
 from cusprun.exporters.gguf import export_gguf
 from cusprun.exporters.onnx import export_onnx
-from cusprun.files import folder_written_whole, sha256_tree, write_json, written_whole
+from cusprun.files import folder_written_whole, written_whole
 from cusprun.formats import format_of
-from cusprun.progress import say
 from cusprun.quants import is_weighed
 
 TYPES = ("q8_0", "q4_0", "iq4_nl", "fp32", "int8", "int4")
@@ -41,27 +36,12 @@ BUILDER = "int4 of onnxruntime-genai's builder"
 LIKE_BUILDER = "int4, output layer in 4 bits"
 
 
-class Exports:
-    """Artifacts of one expert and its dense model in a work folder, and what was measured of them."""
+class Exports(ExpertStudy):
+    """Artifacts of one expert and its dense model, and what was measured of them."""
 
-    def __init__(self, expert: Path, work: Path, out: Path, options: argparse.Namespace) -> None:
-        card = json.loads((expert / "expert.json").read_text(encoding="utf-8"))
-        self.expert, self.name, self.options = expert, str(card["name"]), options
-        self.dense: Dense = find_dense(card["base"]["id"])
-        self.folders = {"dense": self.dense.folder, "expert": expert / "model"}
-        identity = "".join([sha256_tree(self.folders["expert"]), self.dense.key])
-        self.work = work / hashlib.sha256(identity.encode()).hexdigest()[:16]
-        self.path = out.with_suffix(".json")
-        settings = {
-            "expert": self.name, "base": card["base"]["id"], "removed": 1 - card["expert"]["parameters"]
-            / card["base"]["parameters"], "eval_tokens": options.eval_tokens, "repetitions": options.repetitions,
-            "identity": self.work.name, "threads": options.threads,
-        }  # fmt: skip
-        self.found: dict[str, Any] = {"settings": settings, "quality": {}, "speed": {}}
-        if self.path.is_file() and (saved := json.loads(self.path.read_text(encoding="utf-8")))["settings"] == settings:
-            self.found = saved
-        self.found["environment"] = environment()
-        self.found["command"] = " ".join(["python -m cusprun.benchmarks.peers.exports", *map(str, options.words)])
+    def __init__(self, options: argparse.Namespace) -> None:
+        settings = {"eval_tokens": options.eval_tokens, "repetitions": options.repetitions}
+        super().__init__("cusprun.benchmarks.peers.exports", options, settings, ("quality", "speed"))
 
     def artifact(self, side: str, label: str) -> Path:
         """The .gguf or ONNX folder of one side in one type; written where it is not there."""
@@ -109,7 +89,7 @@ class Exports:
                     special=True,
                 )  # fmt: skip
                 self.found["quality"][label] = {name: asdict(pair) for name, pair in pairs.items()}
-                write_json(self.path, self.found)
+                self.save()
         for label in labels:
             if label not in self.found["speed"]:
                 sides = ("dense", BUILDER) if label == LIKE_BUILDER else ("expert", "dense")
@@ -122,7 +102,7 @@ class Exports:
                     "ratios": ratios(*rows),
                     "bytes": [cost(path).file_bytes for path in paths],
                 }
-                write_json(self.path, self.found)
+                self.save()
 
 
 def table(found: dict[str, Any]) -> list[list[str]]:
@@ -179,29 +159,18 @@ def write_page(out: Path, found: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("expert", type=Path, help="folder of a build")
     parser.add_argument("--types", nargs="+", default=list(TYPES))
     parser.add_argument("--builder", action="store_true", help="measure onnxruntime-genai's own int4 too")
     parser.add_argument("--imatrix", type=Path, help="text of which an importance matrix is taken")
     parser.add_argument("--eval-tokens", type=int, default=4096)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--work", type=Path, default=cache_folder() / "studies" / "exports")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/exports"))
-    options = parser.parse_args()
-    options.words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    if "--out" in options.words:  # where a page stands does not belong in it
-        at = options.words.index("--out")
-        del options.words[at : at + 2]
-    if not (options.expert / "expert.json").is_file():
-        raise SystemExit(f"{options.expert} holds no expert.json: name the folder that a build left")
-    try:
-        exports = Exports(options.expert, options.work, options.out, options)
+
+    def run(options: argparse.Namespace) -> None:
+        exports = Exports(options)
         exports.measure([*options.types, *([LIKE_BUILDER] if options.builder else [])])
-    except (InvalidRequest, Failed) as error:
-        raise SystemExit(f"exports: {error}") from error
-    write_page(options.out, exports.found)
-    say(f"written: {options.out}.json, .csv, .md")
+        write_page(options.out, exports.found)
+
+    run_study("exports", parser, Path("docs/results/exports"), run)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cusprun.benchmarks.peers.limits import rounded_types
 from cusprun.errors import Failed, InvalidRequest
 from cusprun.exporters.gguf import export_gguf
-from cusprun.exporters.proof import compare_logits, prove_gguf
+from cusprun.exporters.proof import BROKEN_KLD, compare_logits, prove_gguf, rounding_limit
+from cusprun.formats import bits_of
+from cusprun.onnx_types import TYPES as ONNX
+from cusprun.quants import TYPES as GGUF
 from tests.exporters.models import make, windows
 
 
@@ -36,6 +40,31 @@ def test_slightly_wrong_weights_are_refused_only_when_strict(tmp_path: Path) -> 
     with pytest.raises(Failed, match="does not reproduce torch"):
         prove_gguf(report.path, folder, windows(folder), threads=1)
     assert prove_gguf(report.path, folder, windows(folder), strict=False, threads=1).kld_mean > 1e-4
+
+
+def test_more_than_rounding_explains_is_refused(tmp_path: Path) -> None:
+    """A rounded file is held against what its type costs the embedded model."""
+    folder = make(tmp_path / "model")
+    report = export_gguf(folder, tmp_path / "x.gguf", "q8_0")
+    assert prove_gguf(report.path, folder, windows(folder), threads=1).kld_mean < 2e-3
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 2
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Failed, match=r"further from torch than q8_0 explains.*3 times what the type costs smollm2"):
+        prove_gguf(report.path, folder, windows(folder), threads=1)
+    limit = rounding_limit("q8_0")
+    assert limit is not None
+    assert limit < prove_gguf(report.path, folder, windows(folder), strict=False, threads=1).kld_mean < BROKEN_KLD
+
+
+def test_fewer_bits_are_never_allowed_less() -> None:
+    known = {quant: limit for quant in (*GGUF, *ONNX) if (limit := rounding_limit(quant)) is not None}
+    assert set(known) == set(rounded_types())
+    for quant, limit in known.items():
+        assert 0 < limit <= BROKEN_KLD
+        assert all(limit >= other for name, other in known.items() if bits_of(name) >= bits_of(quant))
+    assert rounding_limit("iq2_m") is None  # it needs text, and no figure is known
+    assert rounding_limit("f16") is None  # has a bar of its own
 
 
 def without_last_ffn(source: Path, out: Path) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cusprun.benchmarks.peers.limits import measure
 from cusprun.dense import DEFAULT_MODEL, embedded_gguf, find_dense
 from cusprun.exporters.gguf import export_gguf
-from cusprun.exporters.proof import HARD_STRINGS, prove_gguf, tokenizer_difference
+from cusprun.exporters.proof import HARD_STRINGS, LIMITS, prove_gguf, tokenizer_difference
 from cusprun.runtimes.llamacpp import LlamaCppRuntime
 from cusprun.runtimes.torch_runtime import TorchRuntime
 
@@ -38,3 +42,29 @@ def test_export_is_near_torch(dense: Path, tmp_path: Path, quant: str, largest_k
     assert proof.tokenizer_equal
     assert proof.kld_mean < largest_kld
     assert proof.perplexity_artifact == pytest.approx(proof.perplexity_torch, rel=1e-5 if quant == "f32" else 0.03)
+
+
+TIMED = """
+import json, resource, subprocess, sys, time
+start = time.monotonic()
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+print(json.dumps({"seconds": time.monotonic() - start, "peak": peak}))
+"""
+
+
+@pytest.mark.parametrize("quant", ["q4_0", "int8"])
+def test_export_keeps_to_its_bounds(dense: Path, tmp_path: Path, quant: str) -> None:
+    """A minute, and in no process more than twice the model's bytes; the proof beside torch included."""
+    out = tmp_path / ("x.gguf" if quant == "q4_0" else "x")
+    command = [sys.executable, "-m", "cusprun.cli", "export", dense, "--quant", quant, "--out", out]
+    done = subprocess.run([sys.executable, "-c", TIMED, *map(str, command)], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["seconds"] <= 60
+    assert found["peak"] <= 2 * (dense / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("quant", ["q8_0", "q4_0", "int4"])
+def test_what_rounding_costs_is_as_written(dense: Path, tmp_path: Path, quant: str) -> None:
+    written = json.loads(LIMITS.read_text())["types"][quant]["kld_mean"]
+    assert measure(dense, quant, tmp_path)["kld_mean"] == pytest.approx(written, rel=0.1)
