@@ -1,14 +1,16 @@
 """Rounding whose errors are made up for by the weights that are not rounded yet.
 
 GPTQ (Frantar et al., 2022, https://arxiv.org/abs/2210.17323) with the second moments of each matrix's inputs, taken on
-calibration text behind the layers that are rounded already. Scales are those of the runtimes' own blocks: llama.cpp's
-q8_0, q5_1, q5_0, q4_1, q4_0 and iq4_nl, and MatMulNBits' int4. Each matrix is rounded to the type that the file will
-have it in; matrices in other types are left to the runtime's own quantizer.
+calibration text behind the layers that are rounded already. Scales are chosen for all blocks beforehand, weighed by
+the moments, then the columns are rounded in the order of their inputs' moments, the largest first: a few inputs that
+move together and dwarf the rest would else leave the last of them everybody's errors. Blocks are the runtimes' own
+(exporters/grids.py); each matrix is rounded to the type that the file will have it in, and those in other types are
+left to the runtime's own quantizer.
 
 Two things differ from the paper. A few tokens have inputs many times as large as all others' (the first of a text),
 and their moments would leave the rest no say: a token counts with at most CAP times the median norm. The ridge is a
 share of each input's own moment, not of the mean: inputs differ by orders of magnitude, and the mean is that of the
-largest.
+largest. docs/decisions/012 has what was tried.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from __future__ import annotations
 import shutil
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 
 from cusprun.anatomy import describe
 from cusprun.errors import Failed
+from cusprun.exporters.grids import Grid, Rounded, fit_scales, nearest
 from cusprun.files import aside, folder_written_whole
 from cusprun.layerwise import LayerwiseModel
 from cusprun.progress import track
@@ -32,75 +34,12 @@ from cusprun.tensor_file import TensorFile
 
 RIDGE = 0.3  # of each input's own moment
 CAP = 3.0  # medians of the tokens' norms
-TRIALS = tuple(0.04 * step for step in range(18, 29))  # of the scale that reaches a block's largest weight
 TOGETHER = 128  # columns whose errors go to those behind in one product
-IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 READ_TOGETHER = {  # matrices that read the same inputs
     "self_attn.k_proj": "self_attn.q_proj",
     "self_attn.v_proj": "self_attn.q_proj",
     "mlp.up_proj": "mlp.gate_proj",
 }
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What a block of weights may become: scale * level + minimum, a scale and, with ``shifted``, a minimum a block.
-
-    Both are kept in float16.
-    """
-
-    levels: tuple[int, ...]  # ascending
-    block: int = 32
-    shifted: bool = False
-
-    @property
-    def even(self) -> bool:
-        """Whether the levels are all whole numbers from the first to the last."""
-        return len(self.levels) == self.levels[-1] - self.levels[0] + 1
-
-
-GRIDS = {
-    "q8_0": Grid(tuple(range(-127, 128))),
-    "q5_1": Grid(tuple(range(32)), shifted=True),
-    "q5_0": Grid(tuple(range(-16, 16))),
-    "q4_0": Grid(tuple(range(-8, 8))),
-    "q4_1": Grid(tuple(range(16)), shifted=True),
-    "iq4_nl": Grid(IQ4_NL),
-    "int4": Grid(tuple(range(-8, 8))),
-}
-
-
-def find_grid(quant: str, block: int = 32) -> Grid:
-    """The grid of a type; ``block`` is that of ONNX int4, GGUF's are 32."""
-    return replace(GRIDS[quant], block=block)
-
-
-@dataclass(frozen=True)
-class Rounded:
-    """A matrix on its grid."""
-
-    codes: torch.Tensor  # (outputs, inputs) uint8, the level's number
-    scales: torch.Tensor  # (outputs, blocks) float32
-    minima: torch.Tensor  # the same; zeros where the grid has none
-
-    def weights(self, grid: Grid) -> torch.Tensor:
-        """The matrix that this stands for, (outputs, inputs) float32."""
-        levels = torch.tensor(grid.levels, dtype=torch.float32)
-        blocks = levels[self.codes.long()].unflatten(1, (-1, grid.block))
-        return (blocks * self.scales[..., None] + self.minima[..., None]).flatten(1)
-
-    def change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Rounded:
-        """The same with other rows, or rows in another order: ``change`` gets all that has a row for each output."""
-        return Rounded(change(self.codes), change(self.scales), change(self.minima))
-
-
-def join_rows(matrices: list[Rounded]) -> Rounded:
-    """Matrices of the same inputs as one, the first on top."""
-    return Rounded(
-        torch.cat([matrix.codes for matrix in matrices]),
-        torch.cat([matrix.scales for matrix in matrices]),
-        torch.cat([matrix.minima for matrix in matrices]),
-    )
 
 
 def round_compensated(weight: torch.Tensor, moments: torch.Tensor, grid: Grid) -> Rounded:
@@ -154,56 +93,6 @@ def find_factor(moments: torch.Tensor) -> torch.Tensor:
     level.diagonal().add_(RIDGE)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(level))
     return (torch.linalg.cholesky(inverse, upper=True) / size).float()
-
-
-def fit_scales(blocks: torch.Tensor, importance: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and minimum of each block of ``blocks``, (…, block), least in squares weighed by ``importance``.
-
-    The scale is tried at shares of the one that reaches the largest weight, and each time put where the levels that the
-    weights then have want it.
-    """
-    minimum = _kept(blocks.amin(-1)) if grid.shifted else torch.zeros(blocks.shape[:-1])
-    if grid.shifted:
-        widest = (blocks.amax(-1) - minimum) / grid.levels[-1]
-    else:
-        place = blocks.abs().argmax(-1, keepdim=True)
-        widest = blocks.gather(-1, place).squeeze(-1) / grid.levels[0]
-    best, least = _kept(widest), torch.full(widest.shape, torch.inf)
-    for trial in TRIALS:
-        tried = widest * trial
-        codes, _ = nearest(blocks, tried[..., None], minimum[..., None], grid)
-        levels = _levels(codes, grid)
-        above = (importance * levels * (blocks - minimum[..., None])).sum(-1)
-        below = (importance * levels.square()).sum(-1)
-        for scale in (_kept(tried), _kept(torch.where(below > 0, above / below.clamp(min=1e-30), tried))):
-            _, values = nearest(blocks, scale[..., None], minimum[..., None], grid)
-            loss = ((blocks - values).square() * importance).sum(-1)
-            better = loss < least
-            best, least = torch.where(better, scale, best), torch.where(better, loss, least)
-    return best, minimum
-
-
-def _levels(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
-    if grid.even:
-        return codes.float() + grid.levels[0]
-    return torch.tensor(grid.levels, dtype=torch.float32)[codes.long()]
-
-
-def nearest(
-    weights: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, grid: Grid
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers of the nearest levels, uint8, and what they stand for; a scale of 0 gives the level nearest 0."""
-    wanted = (weights - minimum) * torch.where(scale == 0, 0.0, 1 / scale)
-    if grid.even:
-        level = wanted.round_().clamp_(grid.levels[0], grid.levels[-1])
-        return (level - grid.levels[0]).to(torch.uint8), level * scale + minimum
-    levels = torch.tensor(grid.levels, dtype=torch.float32)
-    codes = torch.bucketize(wanted.contiguous(), (levels[1:] + levels[:-1]) / 2)
-    return codes.to(torch.uint8), levels[codes] * scale + minimum
-
-
-def _kept(values: torch.Tensor) -> torch.Tensor:
-    return values.half().float()
 
 
 @torch.no_grad()
@@ -316,20 +205,3 @@ class Compensated:
 
     def __getitem__(self, tensor: str) -> Rounded:
         return Rounded(*(self._files[f"{tensor}/{part}"][f"{tensor}/{part}"] for part in ("codes", "scales", "minima")))
-
-
-def gguf_blocks(rounded: Rounded, quant: str) -> np.ndarray:
-    """The matrix as ggml lays its blocks out, (outputs, bytes of a row) uint8."""
-    grid = GRIDS[quant]
-    outputs = len(rounded.codes)
-    codes = rounded.codes.numpy().reshape(outputs, -1, grid.block)
-    heads = [rounded.scales.numpy(), *([rounded.minima.numpy()] if grid.shifted else [])]
-    parts = [head.astype(np.float16)[..., None].view(np.uint8) for head in heads]
-    if quant == "q8_0":
-        parts.append((codes.astype(np.int16) + grid.levels[0]).astype(np.int8).view(np.uint8))
-    else:  # a byte holds a weight of the first half of its block and one of the second, their fifth bits apart
-        if len(grid.levels) == 32:
-            parts.append(np.packbits(codes >> 4, axis=-1, bitorder="little"))
-            codes = codes & 15
-        parts.append(codes[..., : grid.block // 2] | codes[..., grid.block // 2 :] << 4)
-    return np.concatenate(parts, axis=-1).reshape(outputs, -1)

@@ -15,11 +15,12 @@ from typing import Any
 
 from cusprun.errors import Failed, InvalidRequest
 from cusprun.exporters import gguf_metadata
-from cusprun.exporters.compensation import GRIDS, Compensated, Grid
+from cusprun.exporters.compensation import Compensated
 from cusprun.exporters.gguf_prediction import Fallback, Prediction, file_type, predict_gguf, tensor_types
 from cusprun.exporters.gguf_quantize import quantize_file
 from cusprun.exporters.gguf_source import GgufSource, Rounding
 from cusprun.exporters.gguf_split import split_gguf
+from cusprun.exporters.grids import GRIDS, Grid
 from cusprun.exporters.imatrix_file import read_imatrix
 from cusprun.files import aside, sha256_file, written_whole
 from cusprun.progress import say

@@ -9,12 +9,13 @@ from typing import Any
 
 from cusprun.as_llama import as_llama
 from cusprun.errors import InvalidRequest
-from cusprun.exporters.compensation import Compensated, Grid
+from cusprun.exporters.compensation import Compensated
 from cusprun.exporters.gguf import GgufExport, GgufReport
 from cusprun.exporters.gguf_card import read_card
 from cusprun.exporters.gguf_config import check_layers
 from cusprun.exporters.gguf_prediction import Prediction
 from cusprun.exporters.gguf_split import existing_parts, parse_size
+from cusprun.exporters.grids import Grid
 from cusprun.exporters.imatrix import imatrix_of_text
 from cusprun.quants import parse_override
 

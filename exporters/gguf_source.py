@@ -14,8 +14,9 @@ from cusprun.anatomy import Anatomy, describe, read_config
 from cusprun.checkpoint import Weights
 from cusprun.errors import InvalidRequest
 from cusprun.exporters import gguf_metadata, gguf_tensors, gguf_tokenizer
-from cusprun.exporters.compensation import Compensated, gguf_blocks, join_rows
+from cusprun.exporters.compensation import Compensated
 from cusprun.exporters.gguf_config import check_layers, read_number
+from cusprun.exporters.grids import gguf_blocks, join_rows
 from cusprun.progress import say
 
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT

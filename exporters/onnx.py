@@ -16,7 +16,8 @@ import onnx_ir as ir
 from cusprun.anatomy import Anatomy, describe, read_config
 from cusprun.checkpoint import Weights
 from cusprun.errors import Failed, InvalidRequest
-from cusprun.exporters.compensation import Compensated, Grid, find_grid
+from cusprun.exporters.compensation import Compensated
+from cusprun.exporters.grids import Grid, find_grid
 from cusprun.exporters.onnx_folder import DATA, GRAPH, write_beside
 from cusprun.exporters.onnx_graph import Decoder, Tables, build_model
 from cusprun.exporters.onnx_matrices import Blocks, Dynamic, Float, Multiplies, Source

@@ -15,7 +15,8 @@ import onnx_ir as ir
 
 from cusprun.checkpoint import Weights
 from cusprun.errors import Failed
-from cusprun.exporters.compensation import Compensated, join_rows
+from cusprun.exporters.compensation import Compensated
+from cusprun.exporters.grids import join_rows
 from cusprun.exporters.onnx_ops import MICROSOFT, Operators
 
 ACCURACY_INT8 = 4  # MatMulNBits multiplies in int8; without it the same product takes ten times as long on a CPU
