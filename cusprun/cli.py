@@ -129,8 +129,8 @@ def export(
     rounding: Annotated[
         str | None,
         typer.Option(
-            help="nearest; imatrix, weighed by an importance matrix (default where there is one or a corpus); gptq, "
-            "whose errors are made up for by the weights still to be rounded."
+            help="nearest; imatrix, weighed by an importance matrix; gptq, whose errors are made up for by the weights "
+            "still to be rounded; auto (default with a corpus): gptq in four bits, imatrix else."
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1024, help="Tokens of that text.")] = 16384,

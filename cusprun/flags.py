@@ -58,9 +58,7 @@ ZeroPoints = Annotated[
 ]
 OutputBits = Annotated[int | None, typer.Option(help="Bits of the output layer in ONNX int4: 8 (default) or 4.")]
 TensorType = Annotated[list[str] | None, typer.Option(help="Type of single tensors, REGEX=TYPE; repeat.")]
-Rounding = Annotated[
-    str | None, typer.Option(help="nearest; imatrix, of the calibration text (default); gptq, compensated on it.")
-]
+Rounding = Annotated[str | None, typer.Option(help="auto (default): gptq in four bits, else imatrix; or nearest.")]
 Measure = Annotated[bool | None, typer.Option("--measure/--no-measure", help="Measure dense and expert.")]
 EvalTokens = Annotated[int | None, typer.Option(help="Tokens of each evaluation text.")]
 Questions = Annotated[int | None, typer.Option(help="Most multiple-choice questions to ask.")]

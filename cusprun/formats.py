@@ -8,7 +8,8 @@ from typing import Literal, get_args
 from cusprun import onnx_types, quants
 from cusprun.errors import InvalidRequest
 
-Rounding = Literal["nearest", "imatrix", "gptq"]
+Rounding = Literal["auto", "nearest", "imatrix", "gptq"]
+FOUR_BITS = ("q4_k_m", "q4_1", "q4_0", "iq4_nl", "auto", "int4")  # where rounding auto is gptq
 DEFAULTS = {"gguf": "q8_0", "onnx": "int4"}  # what a format is written in where no type of its own is named
 
 
@@ -37,21 +38,27 @@ def block_of(quant: str) -> int:
     return quants.TYPES[quant].block if format_of(quant) == "gguf" else 32
 
 
-def parse_rounding(value: str | None, *, weighed: bool) -> Rounding:
-    """A rounding by its name; without one, imatrix where there is something to weigh by and nearest else."""
+def parse_rounding(value: str | None, *, imatrix: bool, corpus: bool) -> Rounding:
+    """A rounding by its name; without one what there is to weigh by decides. Raises InvalidRequest for other names."""
     if value is None:
-        return "imatrix" if weighed else "nearest"
+        return "imatrix" if imatrix else "auto" if corpus else "nearest"
     for known in get_args(Rounding):
         if value == known:
             return known
     raise InvalidRequest(f"--rounding {value!r} is unknown: write {', '.join(get_args(Rounding))}")
 
 
-def rounding_of(quant: str, wish: Rounding) -> Rounding:
-    """How a type is rounded where ``wish`` is asked for: what has nothing to weigh by it goes to the nearest."""
-    if wish == "gptq":
+def rounding_of(quant: str, wish: Rounding, *, zero_points: bool = False) -> Literal["nearest", "imatrix", "gptq"]:
+    """How a type is rounded where ``wish`` is asked for and there is text; some have nothing to weigh.
+
+    ``auto`` is gptq in four bits, where it is worth its time, and imatrix else; ONNX int4 with ``zero_points`` has but
+    the nearest.
+    """
+    if quant == "int4" and zero_points:
+        return "nearest"
+    if wish == "gptq" or (wish == "auto" and quant in FOUR_BITS):
         return "gptq" if _is_rounded(quant) else "nearest"
-    weighed = wish == "imatrix" and format_of(quant) == "gguf" and quants.is_weighed(quant)
+    weighed = wish != "nearest" and format_of(quant) == "gguf" and quants.is_weighed(quant)
     return "imatrix" if weighed else "nearest"
 
 

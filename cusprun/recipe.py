@@ -77,7 +77,9 @@ class Recipe(BaseModel):
     format: tuple[Literal["gguf", "onnx"], ...] = Field((), description="formats to write; default: those of quant")
     quant: tuple[Quant, ...] = Field(("q8_0",), min_length=1, description="types to write, of GGUF and of ONNX")
     rounding: Rounding = Field(
-        "imatrix", description="how weights are rounded: to the nearest, weighed by their inputs, or with compensation"
+        "auto",
+        description="how weights are rounded: to the nearest, weighed by their inputs (imatrix), or with compensation "
+        "(gptq); auto: gptq in four bits, imatrix below eight",
     )
     tensor_type: tuple[str, ...] = Field((), description="REGEX=TYPE of single tensors in the .gguf")
     block_size: Literal[32, 128] = Field(32, description="weights that share a scale in ONNX int4")

@@ -51,11 +51,14 @@ class Artifacts:
         """The dense model in the same type, rounded in the same way; written once for all builds on the same text."""
         return (self._dense_gguf if format_of(quant) == "gguf" else self._dense_onnx)(quant)
 
+    def _rounding(self, quant: str) -> Rounding:
+        return rounding_of(quant, self.recipe.rounding, zero_points=self.recipe.zero_points)
+
     # GGUF ------------------------------------------------------------------------------------------------------------
 
     def _gguf(self, quant: str, model_key: str) -> dict[str, Any]:
         path = self.out / "gguf" / f"{self.prepared.name}-{quant}.gguf"
-        rounding = rounding_of(quant, self.recipe.rounding)
+        rounding = self._rounding(quant)
         matrix = self._imatrix(model_key) if rounding != "nearest" and is_weighed(quant) else None
         overrides = self._overrides(quant)
 
@@ -71,7 +74,8 @@ class Artifacts:
                         self.out / "model", quant, name=self.prepared.name, metadata=self._metadata(),
                         overrides=overrides, weighed=matrix is not None,
                     )  # fmt: skip
-                    compensated = self._expert_rounded.of(export.grids) if rounding == "gptq" else None
+                    compensates = rounding == "gptq" and bool(export.grids)
+                    compensated = self._expert_rounded.of(export.grids) if compensates else None
                     report = export.write(candidate, matrix, compensated=compensated)
                     proof = prove_gguf(candidate, self.out / "model", windows, threads=self.recipe.threads)
                     os.replace(candidate, part)
@@ -84,7 +88,7 @@ class Artifacts:
                 "arch": report.arch,
                 "bytes": report.bytes,
                 "sha256": report.sha256,
-                "rounding": rounding,
+                "rounding": "gptq" if compensates else "imatrix" if matrix else "nearest",
                 "fallbacks": [asdict(fallback) for fallback in report.fallbacks],
                 "proof": proof.as_dict(),
             }
@@ -153,7 +157,7 @@ class Artifacts:
         name = model_name(self.dense.id)
         folder = cache_folder() / "dense-gguf" / f"{self.dense.key[:16]}-{VERSIONS['gguf']}"
         matrix, overrides = None, self._overrides(quant)
-        rounding = rounding_of(quant, self.recipe.rounding)
+        rounding = self._rounding(quant)
         name += self._rounded_by(rounding)
         if rounding != "nearest" and is_weighed(quant):
             matrix = folder / f"{name}.imatrix"
@@ -165,7 +169,8 @@ class Artifacts:
         if not path.is_file():
             weighed, label = matrix is not None, model_name(self.dense.id)
             export = GgufExport(self.dense.folder, quant, name=label, overrides=overrides, weighed=weighed)
-            compensated = self._dense_rounded.of(export.grids) if rounding == "gptq" else None
+            compensates = rounding == "gptq" and bool(export.grids)
+            compensated = self._dense_rounded.of(export.grids) if compensates else None
             export.write(path, matrix, compensated=compensated)
         return path
 
@@ -180,7 +185,7 @@ class Artifacts:
 
     def _onnx(self, quant: str, model_key: str) -> dict[str, Any]:
         path = self.out / "onnx" / quant
-        settings, rounding = self._onnx_settings(), rounding_of(quant, self.recipe.rounding)
+        settings, rounding = self._onnx_settings(), self._rounding(quant)
 
         def write() -> dict[str, Any]:
             from cusprun.exporters.onnx import OnnxExport
@@ -217,7 +222,7 @@ class Artifacts:
     def _dense_onnx(self, quant: str) -> Path:
         from cusprun.exporters.onnx import OnnxExport
 
-        settings, rounding = self._onnx_settings(), rounding_of(quant, self.recipe.rounding)
+        settings, rounding = self._onnx_settings(), self._rounding(quant)
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
         name = f"{self.dense.key[:16]}-{VERSIONS['onnx']}-{quant}" + (f"-{digest}" if quant == "int4" else "")
         name += self._rounded_by(rounding)

@@ -34,7 +34,7 @@ from cusprun.tensor_file import TensorFile
 
 RIDGE = 0.3  # of each input's own moment
 CAP = 3.0  # medians of the tokens' norms
-TOGETHER = 128  # columns whose errors go to those behind in one product
+AT_ONCE = 128  # columns whose errors go to those behind in one product
 READ_TOGETHER = {  # matrices that read the same inputs
     "self_attn.k_proj": "self_attn.q_proj",
     "self_attn.v_proj": "self_attn.q_proj",
@@ -54,8 +54,8 @@ def round_compensated(weight: torch.Tensor, moments: torch.Tensor, grid: Grid) -
     order = moments.diagonal().argsort(descending=True, stable=True)
     factor = find_factor(moments[order][:, order])
     left, codes = wide[:, order], torch.empty(outputs, inputs, dtype=torch.uint8)
-    for start in range(0, inputs, TOGETHER):
-        stop = min(start + TOGETHER, inputs)
+    for start in range(0, inputs, AT_ONCE):
+        stop = min(start + AT_ONCE, inputs)
         part, errors = left[:, start:stop].clone(), torch.empty(outputs, stop - start)
         for place in range(stop - start):
             column = int(order[start + place])

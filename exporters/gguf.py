@@ -207,22 +207,14 @@ class GgufExport:
 
     @cached_property
     def grids(self) -> dict[str, Grid]:
-        """The folder's matrices that can be rounded with compensation, in the types that the file will have them in.
-
-        Raises InvalidRequest where there are none.
-        """
+        """The folder's matrices that can be rounded with compensation, in the types that the file will have them in."""
         kinds = {plan: self.prediction.types[plan.name].lower() for plan in self.source.tensors("F32")}
-        grids = {
+        return {
             source: GRIDS[kind]
             for plan, kind in kinds.items()
             if kind in GRIDS and plan.name not in OUTER
             for source in plan.sources
         }
-        if not grids:
-            raise InvalidRequest(
-                f"rounding gptq changes nothing in {self.quant}: no matrix would be of type {', '.join(GRIDS)}"
-            )
-        return grids
 
     def _check_overrides(self) -> None:
         """Raises InvalidRequest for overrides that nothing comes of."""

@@ -72,7 +72,7 @@ class GgufRequest:
 
     @property
     def grids(self) -> dict[str, Grid]:
-        """What of it can be rounded with compensation. Raises InvalidRequest where that is nothing."""
+        """What of it can be rounded with compensation."""
         return self._export.grids
 
     def write(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from cusprun.exporters.compensation import Compensated, Roundings
 from cusprun.exporters.gguf import GgufReport
 from cusprun.exporters.gguf_prediction import Prediction
 from cusprun.exporters.gguf_request import GgufRequest, name_of
+from cusprun.exporters.grids import GRIDS
 from cusprun.exporters.imatrix import read_windows
 from cusprun.exporters.onnx import OnnxExport, OnnxPrediction, OnnxReport
 from cusprun.exporters.proof import HARD_STRINGS, Proof, prove_gguf, prove_onnx
@@ -34,7 +35,7 @@ class Settings:
     """Everything that is not the same for every export; see the flags of `cusprun-edge export`."""
 
     name: str | None = None
-    rounding: str | None = None  # default: imatrix where there is one or text to take it of, else nearest
+    rounding: str | None = None  # default: auto where there is text, imatrix where there is one, else nearest
     imatrix: Path | None = None
     corpus: Path | None = None
     tokens: int = 16384
@@ -50,7 +51,7 @@ class Settings:
     @property
     def how(self) -> Rounding:
         """How types are rounded that have a choice. Raises InvalidRequest for a rounding that does not exist."""
-        return parse_rounding(self.rounding, weighed=self.imatrix is not None or self.corpus is not None)
+        return parse_rounding(self.rounding, imatrix=self.imatrix is not None, corpus=self.corpus is not None)
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Shared:
 
     def compensated(self, rounding: Rounding, export: GgufRequest | OnnxExport) -> Compensated | None:
         """The matrices that an export takes as they are; None where it is rounded otherwise."""
-        return self._roundings.of(export.grids) if rounding == "gptq" else None
+        return self._roundings.of(export.grids) if rounding == "gptq" and export.grids else None
 
 
 def _check_rounding(quants: Sequence[str], settings: Settings) -> None:
@@ -139,26 +140,31 @@ def _check_rounding(quants: Sequence[str], settings: Settings) -> None:
         raise InvalidRequest("--rounding nearest has no use for --imatrix or --corpus: leave them out")
     if rounding == "imatrix" and not weighed:
         raise InvalidRequest("--rounding imatrix needs --corpus TEXT or --imatrix FILE")
+    if rounding in ("auto", "gptq") and settings.corpus is None:
+        raise InvalidRequest(f"--rounding {rounding} needs text to round by: give it with --corpus TEXT")
     if rounding == "gptq":
-        if settings.corpus is None:
-            raise InvalidRequest("--rounding gptq needs text to round by: give it with --corpus TEXT")
-        if "gptq" not in [rounding_of(quant, rounding) for quant in quants]:
+        if settings.zero_points:
+            raise InvalidRequest("--rounding gptq is written for symmetric blocks: leave --zero-points out")
+        if "gptq" not in [_how(quant, settings) for quant in quants]:
             raise InvalidRequest(
                 f"--rounding gptq changes nothing in {', '.join(quants)}: it is for int4 and quantized types of GGUF"
             )
-        if settings.zero_points:
-            raise InvalidRequest("--rounding gptq is written for symmetric blocks: leave --zero-points out")
+
+
+def _how(quant: str, settings: Settings) -> Literal["nearest", "imatrix", "gptq"]:
+    return rounding_of(quant, settings.how, zero_points=settings.zero_points)
 
 
 def _check_flags(quants: Sequence[str], settings: Settings) -> None:
     """Raises InvalidRequest for flags that no type of the request has a use for."""
     gguf = [quant for quant in quants if format_of(quant) == "gguf"]
     weighed = [quant for quant in gguf if is_weighed(quant)]
+    compensated = [quant for quant in quants if _how(quant, settings) == "gptq"]
     given = {
         "--tensor-type": (settings.tensor_types, gguf, "a type of GGUF"),
         "--split-max-size": (settings.split_max_size, gguf, "a type of GGUF"),
         "--imatrix": (settings.imatrix, weighed, "a type of GGUF below eight bits"),
-        "--corpus": (settings.corpus, weighed or settings.how == "gptq", "a type of GGUF below eight bits"),
+        "--corpus": (settings.corpus, weighed or compensated, "a type of GGUF below eight bits and for int4"),
         "--block-size": (settings.block_size != 32, "int4" in quants, "int4"),
         "--zero-points": (settings.zero_points, "int4" in quants, "int4"),
         "--output-bits": (settings.output_bits != 8, "int4" in quants, "int4"),
@@ -174,7 +180,7 @@ def _plan(
     model: Path, out: Path, quant: str, several: bool, settings: Settings
 ) -> tuple[Planned, Callable[[Shared], Exported]]:
     """What the export in one type will be, and what writes it."""
-    name, rounding = settings.name or name_of(model), rounding_of(quant, settings.how)
+    name, rounding = settings.name or name_of(model), _how(quant, settings)
     if format_of(quant) == "onnx":
         target = out / quant if several else out
         if target.exists():
@@ -184,15 +190,17 @@ def _plan(
             symmetric=not settings.zero_points, output_bits=settings.output_bits,
         )  # fmt: skip
         return export.prediction, lambda shared: _write_onnx(export, target, rounding, settings, shared)
-    single = settings.how == "imatrix" and not several  # says itself that it has no use for one
+    single = rounding != "gptq" and not several  # says itself that it has no use for one
     weighed = settings.how != "nearest" and (single or is_weighed(quant))
     request = GgufRequest(
         model, out, quant, name=name, imatrix=settings.imatrix if weighed else None,
         corpus=settings.corpus if weighed else None, tokens=settings.tokens, tensor_types=settings.tensor_types,
         split_max_size=settings.split_max_size,
     )  # fmt: skip
-    if rounding == "gptq":
-        _ = request.grids  # says where there is nothing to round so
+    if settings.how == "gptq" and rounding == "gptq" and not request.grids:
+        raise InvalidRequest(
+            f"--rounding gptq changes nothing in {quant}: no matrix would be of type {', '.join(GRIDS)}"
+        )
     return request.prediction, lambda shared: _write_gguf(request, rounding, weighed, settings, shared)
 
 
@@ -211,7 +219,8 @@ def _write_gguf(
         for file in sorted(folder.iterdir(), key=lambda file: (file == report.path, file.name)):
             os.replace(file, target.with_name(file.name))
         moved = tuple(target.with_name(part.name) for part in report.parts)
-        return Exported(replace(report, path=target.with_name(report.path.name), parts=moved), proof, rounding)
+        rounded: Rounding = "gptq" if compensated else "imatrix" if weighed else "nearest"
+        return Exported(replace(report, path=target.with_name(report.path.name), parts=moved), proof, rounded)
 
 
 def _write_onnx(export: OnnxExport, target: Path, rounding: Rounding, settings: Settings, shared: Shared) -> Exported:

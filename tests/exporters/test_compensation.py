@@ -249,12 +249,12 @@ def test_export_rounds_both_formats(tmp_path: Path) -> None:
     words = ["--quant", "q4_0,int4,f16", "--corpus", text, "--tokens", 2048, "--out"]
     done, weighed = (
         json.loads(run("export", folder, *words, tmp_path / how, "--rounding", how, "--json").stdout)["artifacts"]
-        for how in ("gptq", "imatrix")
+        for how in ("auto", "imatrix")
     )
     assert [entry["rounding"] for entry in done] == ["gptq", "gptq", "nearest"]
     assert [entry["rounding"] for entry in weighed] == ["imatrix", "nearest", "nearest"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["gptq", "imatrix", "pico", "text.txt"]
-    assert {path.name for path in (tmp_path / "gptq").iterdir()} == {
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["auto", "imatrix", "pico", "text.txt"]
+    assert {path.name for path in (tmp_path / "auto").iterdir()} == {
         "int4", "pico-f16.gguf", "pico-q4_0.gguf", "pico-q4_0.imatrix"
     }  # fmt: skip
     for ours, other in zip(done[:2], weighed[:2], strict=True):
@@ -278,12 +278,13 @@ def test_rounds_once_for_the_same_grids(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("types", "settings", "message"),
     [
-        (["q4_0"], {"rounding": "gptq"}, "give it with --corpus"),
+        (["q4_0"], {"rounding": "gptq"}, "gptq needs text to round by: give it with --corpus"),
+        (["q4_0"], {"rounding": "auto"}, "auto needs text"),
         (["f16"], {"rounding": "gptq", "corpus": Path("x")}, "changes nothing in f16"),
         (["int4"], {"rounding": "gptq", "corpus": Path("x"), "zero_points": True}, "symmetric blocks"),
         (["q4_0"], {"rounding": "nearest", "corpus": Path("x")}, "has no use for --imatrix or --corpus"),
         (["q4_0"], {"rounding": "imatrix"}, "needs --corpus TEXT or --imatrix FILE"),
-        (["q4_0"], {"rounding": "up"}, "'up' is unknown: write nearest, imatrix, gptq"),
+        (["q4_0"], {"rounding": "up"}, "'up' is unknown: write auto, nearest, imatrix, gptq"),
     ],
 )
 def test_refused(tmp_path: Path, types: list[str], settings: dict[str, Any], message: str) -> None:
