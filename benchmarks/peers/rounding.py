@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cusprun.benchmarks.cost import cost
 from cusprun.benchmarks.peers.expert_study import ExpertStudy, run_study
@@ -45,9 +48,10 @@ class RoundingStudy(ExpertStudy):
         windows["expert"] = trimmed if trimmed.is_file() else windows["dense"]
         self._windows = {side: sample_windows(path) for side, path in windows.items()}
         self.work.mkdir(parents=True, exist_ok=True)
-        self._roundings = {
-            side: Roundings(self.folders[side], lambda side=side: self._windows[side], self.work) for side in SIDES
-        }
+        self._roundings = {side: Roundings(self.folders[side], self._sampled(side), self.work) for side in SIDES}
+
+    def _sampled(self, side: str) -> Callable[[], dict[str, np.ndarray]]:
+        return lambda: self._windows[side]
 
     def _imatrix(self, side: str) -> Path:
         path = self.work / f"{side}.imatrix"
