@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 
 from cusprun.dense import Sizes
-from cusprun.formats import bits_of
+from cusprun.formats import bits_of, rounding_of
 from cusprun.memory import HELD_BYTES
-from cusprun.recipe import Recipe
+from cusprun.recipe import ROUNDING_STRIDE, Recipe
 
 # For the rough time alone: what whole-model passes reach of one matrix product's speed, and what is measured.
 EFFICIENCY = 0.6
 TEXTS = 3
 QUESTION_TOKENS = 300
 CUTS = 5  # of a layer, whose losses are measured
+ROUNDED_SECONDS = 0.6e-6  # of a weight in compensated rounding, beside the passes over its text
 
 
 def minutes(recipe: Recipe, sizes: Sizes, artifacts: bool) -> tuple[float, float]:
@@ -42,7 +43,10 @@ def minutes(recipe: Recipe, sizes: Sizes, artifacts: bool) -> tuple[float, float
     if artifacts and recipe.measure:
         measured = 2 * len(recipe.quant)  # dense and expert
         passes += measured * (TEXTS * recipe.eval_tokens + QUESTION_TOKENS * recipe.questions)
+    compensated = _compensated(recipe) * (2 if recipe.measure else 1) if artifacts else 0
+    passes += compensated * recipe.tokens // ROUNDING_STRIDE * 2
     seconds = 2 * sizes.parameters * passes / (EFFICIENCY * gflops * 1e9) + (60 if artifacts else 10)
+    seconds += compensated * sizes.parameters * ROUNDED_SECONDS
     return seconds / 60 * 0.7, seconds / 60 * 1.5
 
 
@@ -64,8 +68,14 @@ def needs(recipe: Recipe, sizes: Sizes, artifacts: bool) -> tuple[int, int]:
     if artifacts:
         files = sum(sizes.parameters * kept * bits_of(quant) / 8 for quant in recipe.quant)
         disk += files + sizes.parameters * kept * 4  # the float32 file that is quantized
+        disk += _compensated(recipe) * sizes.parameters * 1.25  # codes and scales, until the build ends
         memory = max(memory, sizes.parameters * kept * 8)  # torch and the widest .gguf side by side
     return int(disk * 1.1), int(memory + 2**30)
+
+
+def _compensated(recipe: Recipe) -> int:
+    """How many types are rounded with compensation."""
+    return sum(rounding_of(quant, recipe.rounding, zero_points=recipe.zero_points) == "gptq" for quant in recipe.quant)
 
 
 def _if_held(size: int) -> int:

@@ -29,7 +29,7 @@ from cusprun.corpora.sampling import all_entries, calibration_entries, general_e
 from cusprun.corpora.sources import is_cached
 from cusprun.dense import Sizes, check_folder, local_path, read_sizes
 from cusprun.errors import Failed, InvalidRequest, MissingPackage
-from cusprun.formats import format_of
+from cusprun.formats import format_of, rounding_of
 from cusprun.layouts import Limits, limits_of
 from cusprun.needs import minutes, needs
 from cusprun.recipe import WHOLE_MODEL, Recipe
@@ -76,7 +76,7 @@ class Prepared:
             f"method    {', '.join(method)}" + (f", then {recipe.recover}" if recipe.recover else ""),
             *([f"layout    {self.limits.note}"] if self.limits.note else []),
             f"output    {self.out}: model/"
-            + (f", {_formats(recipe.quant)}" if self.artifacts else "")
+            + (f", {_formats(recipe)}" if self.artifacts else "")
             + (", report/" if self.artifacts and recipe.measure else ""),
             f"needs     {_size(self.disk_bytes)} disk, {_size(self.memory_bytes)} memory, "
             f"roughly {low:.0f} to {high:.0f} minutes without downloads",
@@ -164,10 +164,14 @@ def model_name(model: str) -> str:
     return last.removesuffix(".gguf").lower()
 
 
-def _formats(quants: Sequence[str]) -> str:
-    """The folders that artifacts go into, each with its types."""
-    folders = dict.fromkeys(map(format_of, quants))
-    return ", ".join(f"{name}/ in {', '.join(q for q in quants if format_of(q) == name)}" for name in folders)
+def _formats(recipe: Recipe) -> str:
+    """The folders that artifacts go into, each with its types, and how those are rounded that have a choice."""
+    told = {quant: rounding_of(quant, recipe.rounding, zero_points=recipe.zero_points) for quant in recipe.quant}
+    types = {quant: quant if how == "nearest" else f"{quant} ({how})" for quant, how in told.items()}
+    folders = dict.fromkeys(map(format_of, recipe.quant))
+    return ", ".join(
+        f"{name}/ in {', '.join(text for quant, text in types.items() if format_of(quant) == name)}" for name in folders
+    )
 
 
 def _missing_packages(recipe: Recipe) -> list[str]:

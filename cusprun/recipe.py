@@ -24,6 +24,7 @@ DEFAULT_RATIO = 0.25
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_TOKENS = 65536
 WINDOW = 512
+ROUNDING_STRIDE = 4  # of the calibration windows every fourth gives the importance matrix, and what GPTQ rounds by
 
 Quant = Literal[
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "iq3_m",

@@ -22,10 +22,10 @@ from cusprun.files import folder_written_whole, sha256_file, written_whole
 from cusprun.formats import Rounding, format_of, rounding_of
 from cusprun.preflight import Prepared, model_name
 from cusprun.quants import TYPES, is_weighed, parse_override
+from cusprun.recipe import ROUNDING_STRIDE
 from cusprun.stages import VERSIONS, Stages
 
 PROOF_WINDOWS = 8
-ROUNDING_STRIDE = 4  # of the calibration windows every fourth gives the importance matrix, or what GPTQ rounds by
 
 
 def sample_windows(path: Path) -> dict[str, np.ndarray]:
