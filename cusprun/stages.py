@@ -35,7 +35,7 @@ VERSIONS = {
     "imatrix": 1,
     "gptq": 1,
     "gguf": 1,
-    "onnx": 1,
+    "onnx": 2,
     "quality": 1,
     "questions": 1,
     "speed": 1,

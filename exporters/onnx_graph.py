@@ -71,6 +71,10 @@ class _Graph:
             opset_imports={"": OPSET, MICROSOFT: 1},
             name="decoder",
         )
+        for node in graph:
+            for value in node.outputs:
+                if not value.uses() and not value.is_graph_output():
+                    value.name = ""  # left out: what has a name is allocated and written
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="cusprun")
 
     def _decode(self, ids: ir.Value, lengths: ir.Value, total: ir.Value) -> ir.Value:

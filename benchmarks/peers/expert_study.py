@@ -51,11 +51,12 @@ class ExpertStudy:
 
 
 def given_words() -> list[str]:
-    """The command line without where its page stands and where the expert lies."""
+    """The command line without the places of its page and its work folder; of a whole path the last name."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    if "--out" in words:
-        at = words.index("--out")
-        del words[at : at + 2]
+    for flag in ("--out", "--work"):
+        if flag in words:
+            at = words.index(flag)
+            del words[at : at + 2]
     return words
 
 
