@@ -74,8 +74,7 @@ class Artifacts:
                         self.out / "model", quant, name=self.prepared.name, metadata=self._metadata(),
                         overrides=overrides, weighed=matrix is not None,
                     )  # fmt: skip
-                    compensates = rounding == "gptq" and bool(export.grids)
-                    compensated = self._expert_rounded.of(export.grids) if compensates else None
+                    compensated = self._expert_rounded.for_export(rounding, export)
                     report = export.write(candidate, matrix, compensated=compensated)
                     proof = prove_gguf(candidate, self.out / "model", windows, threads=self.recipe.threads)
                     os.replace(candidate, part)
@@ -88,7 +87,7 @@ class Artifacts:
                 "arch": report.arch,
                 "bytes": report.bytes,
                 "sha256": report.sha256,
-                "rounding": "gptq" if compensates else "imatrix" if matrix else "nearest",
+                "rounding": "gptq" if compensated else "imatrix" if matrix else "nearest",
                 "fallbacks": [asdict(fallback) for fallback in report.fallbacks],
                 "proof": proof.as_dict(),
             }
@@ -169,9 +168,7 @@ class Artifacts:
         if not path.is_file():
             weighed, label = matrix is not None, model_name(self.dense.id)
             export = GgufExport(self.dense.folder, quant, name=label, overrides=overrides, weighed=weighed)
-            compensates = rounding == "gptq" and bool(export.grids)
-            compensated = self._dense_rounded.of(export.grids) if compensates else None
-            export.write(path, matrix, compensated=compensated)
+            export.write(path, matrix, compensated=self._dense_rounded.for_export(rounding, export))
         return path
 
     def _rounded_by(self, rounding: Rounding) -> str:
@@ -193,7 +190,7 @@ class Artifacts:
 
             with folder_written_whole(path) as part:
                 export = OnnxExport(self.out / "model", quant, name=self.prepared.name, **settings)
-                report = export.write(part, self._expert_rounded.of(export.grids) if rounding == "gptq" else None)
+                report = export.write(part, self._expert_rounded.for_export(rounding, export))
                 proof = prove_onnx(part, self.out / "model", quant, self._proof_windows(), threads=self.recipe.threads)
             return {
                 "path": path.relative_to(self.out).as_posix(),
@@ -229,7 +226,7 @@ class Artifacts:
         path = cache_folder() / "dense-onnx" / name
         if not path.is_dir():
             export = OnnxExport(self.dense.folder, quant, name=model_name(self.dense.id), **settings)
-            export.write(path, self._dense_rounded.of(export.grids) if rounding == "gptq" else None)
+            export.write(path, self._dense_rounded.for_export(rounding, export))
         return path
 
     def _proof_windows(self) -> np.ndarray:

@@ -19,7 +19,7 @@ import shutil
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -165,6 +165,13 @@ def capped(rows: torch.Tensor) -> torch.Tensor:
     return rows * (CAP * norms.median() / norms.clamp(min=1e-30)).clamp(max=1.0)
 
 
+class Compensable(Protocol):
+    """An export that says which of its matrices can be rounded with compensation, and on which grids."""
+
+    @property
+    def grids(self) -> dict[str, Grid]: ...
+
+
 class Roundings:
     """A model folder rounded with compensation, once for each choice of grids.
 
@@ -179,6 +186,10 @@ class Roundings:
         self._parent = scratch
         self._folder: Path | None = None
         self._done: dict[tuple[tuple[str, Grid], ...], Path] = {}
+
+    def for_export(self, rounding: str, export: Compensable) -> Compensated | None:
+        """What an export takes as it is; None where it is rounded otherwise, or has nothing to round so."""
+        return self.of(export.grids) if rounding == "gptq" and export.grids else None
 
     def of(self, grids: Mapping[str, Grid]) -> Compensated:
         """These matrices on these grids, by tensor."""

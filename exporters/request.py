@@ -128,7 +128,7 @@ class Shared:
 
     def compensated(self, rounding: Rounding, export: GgufRequest | OnnxExport) -> Compensated | None:
         """The matrices that an export takes as they are; None where it is rounded otherwise."""
-        return self._roundings.of(export.grids) if rounding == "gptq" and export.grids else None
+        return self._roundings.for_export(rounding, export)
 
 
 def _check_rounding(quants: Sequence[str], settings: Settings) -> None:

@@ -11,7 +11,6 @@ onnxruntime-genai). Writes <out>.json, <out>.csv and <out>.md; what is measured 
 from __future__ import annotations
 
 import argparse
-import csv
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 from cusprun.benchmarks.cost import cost
 from cusprun.benchmarks.peers.expert_study import ExpertStudy, run_study
+from cusprun.benchmarks.peers.study_page import table_lines, write_table
 from cusprun.benchmarks.quality import evaluate_corpora
 from cusprun.benchmarks.speed import bench, ratios
 from cusprun.corpora.selection import read_texts
@@ -126,8 +126,7 @@ def table(found: dict[str, Any]) -> list[list[str]]:
 def write_page(out: Path, found: dict[str, Any]) -> None:
     """<out>.csv and <out>.md."""
     rows = table(found)
-    with written_whole(out.with_suffix(".csv")) as part, part.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
+    write_table(out.with_suffix(".csv"), rows)
     settings = found["settings"]
     lines = [
         "# One expert in every format",
@@ -140,7 +139,7 @@ def write_page(out: Path, found: dict[str, Any]) -> None:
         "bytes* is the decode ratio times the ratio of the files: 1 where every byte saved is time saved. The rest are "
         f"bits per byte on held-out text of {settings['eval_tokens']} tokens, dense and expert.",
         "",
-        *("| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])),
+        *table_lines(rows),
         "",
     ]
     if LIKE_BUILDER in found["speed"]:

@@ -10,7 +10,6 @@ rounds by, as in a build, its held-out text is evaluated on. Beside them the mod
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 
 from cusprun.benchmarks.cost import cost
 from cusprun.benchmarks.peers.expert_study import ExpertStudy, run_study
+from cusprun.benchmarks.peers.study_page import table_lines, write_table
 from cusprun.benchmarks.quality import evaluate_corpora
 from cusprun.corpora.selection import read_texts
 from cusprun.exporters.artifacts import sample_windows
@@ -61,18 +61,17 @@ class RoundingStudy(ExpertStudy):
 
     def artifact(self, side: str, quant: str, rounding: str) -> Path:
         """The .gguf or ONNX folder; written where it is not there."""
-        compensated = rounding == "gptq"
         if format_of(quant) == "onnx":
             path = self.work / f"rounding-{side}-{quant}-{rounding}"
             if not path.is_dir():
                 onnx = OnnxExport(self.folders[side], quant)
-                onnx.write(path, self._roundings[side].of(onnx.grids) if compensated else None)
+                onnx.write(path, self._roundings[side].for_export(rounding, onnx))
             return path
         path = self.work / f"rounding-{side}-{quant}-{rounding}.gguf"
         if not path.is_file():
             matrix = self._imatrix(side) if rounding in ("imatrix", "gptq") else None
             gguf = GgufExport(self.folders[side], quant, weighed=matrix is not None)
-            gguf.write(path, matrix, compensated=self._roundings[side].of(gguf.grids) if compensated else None)
+            gguf.write(path, matrix, compensated=self._roundings[side].for_export(rounding, gguf))
         return path
 
     def measure(self) -> None:
@@ -132,8 +131,7 @@ def table(found: dict[str, Any], types: list[str]) -> list[list[str]]:
 def write_page(out: Path, found: dict[str, Any], types: list[str]) -> None:
     """<out>.csv and <out>.md."""
     rows = table(found, types)
-    with written_whole(out.with_suffix(".csv")) as part, part.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
+    write_table(out.with_suffix(".csv"), rows)
     settings = found["settings"]
     lines = [
         "# Rounding",
@@ -145,7 +143,7 @@ def write_page(out: Path, found: dict[str, Any], types: list[str]) -> None:
         "the way from nearest rounding back to the unrounded model. Perplexities of the two models are in tokens of "
         "their own. With text llama.cpp gives some matrices other types than without, so files differ in size.",
         "",
-        *("| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])),
+        *table_lines(rows),
         "",
     ]
     with written_whole(out.with_suffix(".md")) as part:

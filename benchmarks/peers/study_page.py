@@ -228,6 +228,17 @@ def _labels(telling: Telling) -> list[str]:
     return list(dict.fromkeys([*telling.study.groups, *telling.study.columns]))
 
 
+def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of text as a Markdown table, the heading first."""
+    return [_line(rows[0]), _line(["---"] * len(rows[0])), *map(_line, rows[1:])]
+
+
+def write_table(path: Path, rows: Sequence[Sequence[str]]) -> None:
+    """The same rows as CSV."""
+    with written_whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+
+
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 

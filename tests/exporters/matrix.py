@@ -19,6 +19,7 @@ import numpy as np
 
 from cusprun.as_llama import as_llama
 from cusprun.benchmarks.environment import environment
+from cusprun.benchmarks.peers.study_page import table_lines
 from cusprun.errors import InvalidRequest
 from cusprun.exporters.gguf import export_gguf
 from cusprun.exporters.onnx import export_onnx
@@ -147,7 +148,6 @@ def _genai(folder: Path, out: Path) -> dict[str, Any]:
 def write_page(out: Path, matrix: Matrix) -> None:
     """<out>.json and <out>.md."""
     write_json(out.with_suffix(".json"), {"environment": environment(), "cells": matrix.cells})
-    rows = matrix.rows()
     lines = [
         "# Formats",
         "",
@@ -159,7 +159,7 @@ def write_page(out: Path, matrix: Matrix) -> None:
         "in fp32 and int4, when it opens the folders by itself. f32 and fp32 show that a file is the model, the others "
         "what rounding does to random weights. Columns of 64 divide by no 256, so q4_k_m falls back here.",
         "",
-        *("| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])),
+        *table_lines(matrix.rows()),
         "",
         *(f"{number}. {reason}" for number, reason in enumerate(matrix.reasons(), 1)),
         "",
