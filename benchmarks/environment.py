@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +13,8 @@ from typing import Any
 
 PACKAGES = ("cusprun", "torch", "transformers", "llama-cpp-python", "gguf", "onnxruntime", "numpy")
 CPUINFO = Path("/proc/cpuinfo")
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+VECTORS = re.compile(r"sse4_[12]|avx.*|f16c|fma|bmi2|amx.*|asimd.*|sve.*|sme|sme2.*|i8mm|bf16|neon")
 
 
 def environment() -> dict[str, Any]:
@@ -23,6 +26,8 @@ def environment() -> dict[str, Any]:
 
     return {
         "cpu": cpu_name(),
+        "instruction_sets": instruction_sets(),
+        "last_level_cache_bytes": last_level_cache_bytes(),
         "physical_cores": psutil.cpu_count(logical=False),
         "logical_cores": psutil.cpu_count(logical=True),
         "memory_bytes": psutil.virtual_memory().total,
@@ -45,6 +50,30 @@ def cpu_name() -> str:
         if found.returncode == 0:
             return found.stdout.strip()
     return platform.processor() or platform.machine()
+
+
+def instruction_sets() -> list[str]:
+    """The vector and matrix instructions that the kernels of runtimes choose by, as the system names them."""
+    if CPUINFO.is_file():
+        for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in ("flags", "Features"):
+                return [flag for flag in value.split() if VECTORS.fullmatch(flag)]
+    if sys.platform == "darwin":
+        found = subprocess.run(["sysctl", "-a"], capture_output=True, text=True).stdout.splitlines()
+        pairs = (line.partition(": ") for line in found if line.startswith("hw.optional.arm.FEAT_"))
+        return sorted(name.rpartition("FEAT_")[2].lower() for name, _, value in pairs if value == "1")
+    return []
+
+
+def last_level_cache_bytes() -> int | None:
+    """Size of the first core's largest cache, None where the system does not tell; of a virtual machine the host's."""
+    found = []
+    for path in CACHES.glob("index*/size"):
+        text = path.read_text().strip()
+        if text[:-1].isdigit() and text[-1] in "KM":
+            found.append(int(text[:-1]) * {"K": 2**10, "M": 2**20}[text[-1]])
+    return max(found, default=None)
 
 
 def _version(package: str) -> str | None:

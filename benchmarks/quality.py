@@ -20,7 +20,7 @@ import numpy as np
 
 from cusprun.benchmarks.losses import divergences, losses
 from cusprun.benchmarks.same_bytes import Passages, same_passages
-from cusprun.benchmarks.tally import REMARK, Quality, QualityPair, Tally
+from cusprun.benchmarks.tally import REMARK, Divergence, Quality, QualityPair, Tally
 from cusprun.errors import InvalidRequest
 from cusprun.progress import say, track
 from cusprun.runtimes import Runtime, is_onnx, open_runtime
@@ -28,6 +28,7 @@ from cusprun.runtimes.child import run_in_child
 
 Score = Literal["second-half", "all"]
 Text = str | Sequence[str]
+Measured = tuple[dict[str, Any], dict[str, Any] | None, bool, dict[str, Any] | None]  # the fields of a QualityPair
 
 SEPARATOR = "\n\n"  # between the texts of a corpus
 
@@ -101,8 +102,13 @@ def evaluate_corpora(
     native = any(path is not None and (path.suffix == ".gguf" or is_onnx(path)) for path in (artifact, against))
     found = run_in_child(_measure, **request) if native else _measure(**request)
     return {
-        name: QualityPair(Quality(**own), None if others is None else Quality(**others), same)
-        for name, (own, others, same) in found.items()
+        name: QualityPair(
+            Quality(**own),
+            None if others is None else Quality(**others),
+            same,
+            None if spread is None else Divergence(**spread),
+        )
+        for name, (own, others, same, spread) in found.items()
     }
 
 
@@ -121,7 +127,7 @@ def _measure(
     special: bool,
     threads: int | None,
     device: str,
-) -> dict[str, tuple[dict[str, Any], dict[str, Any] | None, bool]]:
+) -> dict[str, Measured]:
     """The work of :func:`evaluate_corpora`, in whichever process; JSON in, JSON out."""
     runtime = open_runtime(Path(artifact), context=context, threads=threads, device=device)
     other = None if against is None else open_runtime(Path(against), context=context, threads=threads, device=device)
@@ -144,12 +150,17 @@ def _measure(
             )
         cut[name] = windows(tokens, context, score, None if max_tokens is None else max_tokens // context)
     first = context // 2 if score == "second-half" else 0
-    found: dict[str, tuple[dict[str, Any], dict[str, Any] | None, bool]] = {}
+    found: dict[str, Measured] = {}
     if other is None or same:
         for name, held in cut.items():
             label = f"{name}: {runtime.path.name}"
-            own, others = score_windows(runtime, other, held, context=context, first=first, label=label)
-            found[name] = (asdict(own), None if others is None else asdict(others), True)
+            pair = score_windows(runtime, other, held, context=context, first=first, label=label)
+            found[name] = (
+                asdict(pair.artifact),
+                None if pair.against is None else asdict(pair.against),
+                True,
+                None if pair.divergence is None else asdict(pair.divergence),
+            )
     else:
         say(REMARK)
         passages = same_passages(runtime, other, cut, first)
@@ -162,7 +173,7 @@ def _measure(
         for name, pairs in passages.items():
             label = f"{name}: {runtime.path.name}"
             own, others = score_passages(runtime, other, pairs, context=context, label=label)
-            found[name] = (asdict(own), asdict(others), False)
+            found[name] = (asdict(own), asdict(others), False, None)
     runtime.close()
     if other is not None:
         other.close()
@@ -192,7 +203,7 @@ def windows(tokens: Sequence[int], context: int, score: Score, limit: int | None
 
 def score_windows(
     runtime: Runtime, other: Runtime | None, cut: Sequence[Sequence[int]], *, context: int, first: int, label: str
-) -> tuple[Quality, Quality | None]:
+) -> QualityPair:
     """Both artifacts over the same windows, one window's logits at a time, those from position ``first`` on."""
     tally, other_tally = Tally(), Tally()
     lengths: dict[int, int] = {}
@@ -212,10 +223,11 @@ def score_windows(
         nll, other_nll, kld, same = divergences(logits, other_logits, targets)
         tally.add(nll, n_bytes)
         other_tally.add(other_nll, n_bytes)
-        tally.kld += float(kld.sum())
+        tally.kld.append(kld)
         tally.same_top += int(same.sum())
-    compared = other is not None
-    return tally.quality(context, compared), other_tally.quality(context, False) if compared else None
+    if other is None:
+        return QualityPair(tally.quality(context, False), None)
+    return QualityPair(tally.quality(context, True), other_tally.quality(context, False), True, tally.divergence())
 
 
 def score_passages(

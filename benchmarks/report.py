@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from cusprun import __version__
 from cusprun.benchmarks.environment import environment
+from cusprun.benchmarks.samples import HOW as SAMPLES_HOW
 from cusprun.benchmarks.speed import BenchRow, ratios
 from cusprun.benchmarks.tally import REMARK, QualityPair
 from cusprun.benchmarks.tasks import McResult, paired
@@ -27,6 +28,21 @@ UNITS = {
     "load_s": "s",
     "peak_rss_bytes": "bytes",
     "rss_before_load_bytes": "bytes",
+    "ready_s": "s",
+    "load_cold_s": "s",
+    "ready_cold_s": "s",
+    "avg_ns": "ns",
+    "stddev_ns": "ns",
+    "samples_s": "s",
+    "tps": "tokens/s",
+    "kv_bytes_per_token": "bytes/token",
+    "weight_bytes": "bytes",
+    "tensor_bytes": "bytes",
+    "device_bytes": "bytes",
+    "copy_bytes_per_s": "bytes/s",
+    "bandwidth_bytes_per_s": "bytes/s",
+    "bandwidth_share": "share of copy_bytes_per_s",
+    "joules_per_token": "J/token",
     "file_bytes": "bytes",
     "parameters": "parameters",
     "macs_per_token": "multiply-accumulates/token",
@@ -64,6 +80,8 @@ def build_report(
     corpora: Sequence[Mapping[str, Any]],
     stages: Mapping[str, float],
     proofs: Sequence[Mapping[str, Any]] = (),
+    samples: Sequence[Mapping[str, Any]] = (),
+    frontier: Mapping[str, Any] | None = None,
     score: str = "second-half",
 ) -> dict[str, Any]:
     """The whole report as JSON.
@@ -72,7 +90,9 @@ def build_report(
     ``speed`` holds the expert's row and then the dense one; ``quality`` one pair (expert, dense) per corpus; ``tasks``
     (expert, dense) per question set. ``corpora``: entry, dimension, side (calibration or held-out), documents, tokens,
     licence, attribution, source. ``stages``: seconds by name. ``method``, ``scenario`` and ``proofs`` (one per GGUF:
-    path, quant, top1_agreement, kld_mean) go in as they are. Raises InvalidRequest where something is no JSON.
+    path, quant, top1_agreement, kld_mean) go in as they are. ``samples`` are rows of
+    :func:`cusprun.benchmarks.samples.sample_answers`, ``frontier`` what `compare` found; each has a key in the report
+    only where it is given. Raises InvalidRequest where something is no JSON.
     """
     if len(speed) != 2 or len(before) != len(after):
         raise InvalidRequest(
@@ -94,6 +114,9 @@ def build_report(
         "corpora": [dict(corpus) for corpus in corpora],
         "proofs": [dict(proof) for proof in proofs],
         "stages": dict(stages),
+        **({"samples": [dict(sample) for sample in samples], "samples_how": SAMPLES_HOW} if samples else {}),
+        **({"frontier": dict(frontier)} if frontier else {}),
+        **({"solved": solved_section(method, speed[0], speed[1])} if method.get("solved") else {}),
     }
     try:
         whole: dict[str, Any] = json.loads(json.dumps(report, allow_nan=False))
@@ -117,6 +140,32 @@ def speed_section(expert: BenchRow, dense: BenchRow) -> dict[str, Any]:
         "dense": dense.as_json(),
         "ratios": ratios(expert, dense),
     }
+
+
+def solved_section(method: Mapping[str, Any], expert: BenchRow, dense: BenchRow) -> list[dict[str, Any]]:
+    """What was wished of the device, predicted before the build and measured after it, by figure.
+
+    ``error`` is the prediction's, as a share of what was measured.
+    """
+    found = ratios(expert, dense)
+    measured = {
+        "file_bytes": ("size", expert.file_bytes),
+        "peak_rss_bytes": ("ram", expert.peak_rss_bytes),
+        "decode_tps": ("tps", expert.decode_tps.mean),
+        "speedup": ("speedup", found["decode_tps"]["median_of_pairs"]),
+    }
+    wished, solved = method.get("budget") or {}, method["solved"]
+    return [
+        {
+            "figure": figure,
+            "wish": wished.get(wish),
+            "predicted": solved[figure],
+            "measured": value,
+            "error": solved[figure] / value - 1,
+        }
+        for figure, (wish, value) in measured.items()
+        if figure in solved
+    ]
 
 
 def quality_section(quality: Mapping[str, QualityPair], score: str) -> dict[str, Any]:

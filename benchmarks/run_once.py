@@ -1,7 +1,8 @@
-"""One measurement of one artifact, made for a process of its own: load, warm up, prefill, decode, peak memory.
+"""One measurement of one artifact, made for a process of its own: load, warm up, prefill, decode, memory, energy.
 
 pp and tg are llama-bench's: a prompt of random tokens in one go from an empty cache; then single random tokens, one
-after the other, from an empty cache. `python -m cusprun.benchmarks.run_once ARTIFACT` prints one run as JSON.
+after the other, from an empty cache or after ``depth`` tokens that are in the cache already.
+`python -m cusprun.benchmarks.run_once ARTIFACT` prints one run as JSON.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cusprun.runtimes import is_onnx, open_runtime
+from cusprun.benchmarks import page_cache
+from cusprun.benchmarks.energy import Meter, open_meter
+from cusprun.errors import Failed
+from cusprun.runtimes import Runtime, is_onnx, open_runtime
 
 WARM_UP_STEPS = 8
 STATUS = Path("/proc/self/status")
@@ -26,55 +31,120 @@ def measure(
     *,
     prefill: int = 512,
     decode: int = 128,
+    depth: int = 0,
+    context: int = 0,
     threads: int | None = None,
     device: str = "cpu",
     seed: int = 0,
+    cold: bool = False,
+    slowdown: float = 0.0,
 ) -> dict[str, Any]:
     """Seconds of each phase, ttft_s (prompt read and the likeliest next token found), peak resident bytes.
 
-    ``load_s`` is open_runtime's time without the import of the runtime's library; the file may be in the page cache.
-    Meant for a fresh process: peak memory is that of the whole process since it began.
+    ``prefill`` 0 or ``decode`` 0 leaves that phase out; the cache has room for ``context`` tokens, or what they need.
+    ``load_s`` is open_runtime's time without the import of the runtime's library, ``ready_s`` the same and the first
+    token; the files are in the page cache before, with ``cold`` dropped from it (``cold_note`` says where they were
+    not). ``slowdown`` 0.05 lets every call of the runtime in the timed phases take 5 % longer: it is there to prove
+    that a bench finds what is there.
+    Meant for a fresh process: peak memory is that of the whole process since it began. A prompt or a generation that
+    the model's context does not hold is shortened to it. Raises Failed where the cache does not hold what it should.
     """
     path = Path(artifact)
     import_runtime(path)
+    files = page_cache.files_of(path)
+    note = page_cache.drop(files) if cold else None
+    if not cold:
+        page_cache.fill(files)
+    free = _free_device_bytes() if device == "cuda" else 0
     resident = peak_rss_bytes()
     start = time.perf_counter()
-    runtime = open_runtime(path, context=max(prefill, decode), threads=threads, device=device)
+    runtime = open_runtime(path, context=max(prefill, decode + depth, context, 1), threads=threads, device=device)
     load_s = time.perf_counter() - start
-    if runtime.n_context < max(prefill, decode):
-        prefill, decode = min(prefill, runtime.n_context), min(decode, runtime.n_context)
-    ids = np.random.default_rng(seed).integers(0, runtime.n_vocab, size=prefill + decode).tolist()
-    prompt, following = ids[:prefill], ids[prefill:]
+    room = runtime.n_context
+    depth = min(depth, room)
+    prefill, decode = min(prefill, room), min(decode, room - depth)
+    ids = np.random.default_rng(seed).integers(0, runtime.n_vocab, size=prefill + decode + depth + 1).tolist()
     if runtime.bos is not None:
-        prompt[0] = following[0] = runtime.bos
-
-    runtime.prefill(prompt)
-    runtime.prefill(following[:1])
-    for token in following[1:WARM_UP_STEPS]:
-        runtime.step(token)
-
-    start = time.perf_counter()
-    logits = runtime.prefill(prompt)
-    prefill_s = time.perf_counter() - start
-    int(logits.argmax())
-    ttft_s = time.perf_counter() - start
-
-    start = time.perf_counter()
-    runtime.prefill(following[:1])
-    for token in following[1:]:
-        runtime.step(token)
-    decode_s = time.perf_counter() - start
-    return {
+        ids[0] = ids[prefill] = runtime.bos
+    prompt, before, following = ids[:prefill], ids[prefill : prefill + depth], ids[prefill + depth :][:decode]
+    runtime.prefill(ids[:1])
+    found: dict[str, Any] = {
         "runtime": runtime.name,
         "prefill_tokens": prefill,
         "decode_tokens": decode,
+        "depth": depth,
+        "context": room,
         "load_s": load_s,
-        "prefill_s": prefill_s,
-        "ttft_s": ttft_s,
-        "decode_s": decode_s,
+        "ready_s": time.perf_counter() - start,
+        "cold_note": note,
         "rss_before_load_bytes": resident,
-        "peak_rss_bytes": peak_rss_bytes(),
     }
+    meter = open_meter(device)
+    found["energy_note"] = meter.note
+    if prefill:
+        found.update(_read_prompt(runtime, prompt, meter, slowdown))
+    if decode:
+        found.update(_generate(runtime, before, following, meter, slowdown))
+        found["cached_tokens"] = runtime.cached
+        if runtime.cached != depth + decode:
+            raise Failed(f"{path}: the cache holds {runtime.cached} tokens after {depth} and {decode} more")
+    found["device_bytes"] = free - _free_device_bytes() if device == "cuda" else None
+    found["peak_rss_bytes"] = peak_rss_bytes()
+    return found
+
+
+def _read_prompt(runtime: Runtime, prompt: list[int], meter: Meter, slowdown: float) -> dict[str, Any]:
+    runtime.prefill(prompt)
+    prefill = _slowed(runtime.prefill, slowdown)
+    joules, start = meter.read(), time.perf_counter()
+    logits = prefill(prompt)
+    prefill_s = time.perf_counter() - start
+    spent = meter.joules(joules, meter.read())
+    int(logits.argmax())
+    return {"prefill_s": prefill_s, "ttft_s": time.perf_counter() - start, "prefill_j": spent}
+
+
+def _generate(
+    runtime: Runtime, before: list[int], following: list[int], meter: Meter, slowdown: float
+) -> dict[str, Any]:
+    """After ``before`` the tokens one by one; the steps of the warm-up are taken back."""
+    first = before or following[:1]
+    runtime.prefill(first)
+    for token in following[: min(WARM_UP_STEPS, runtime.n_context - len(first))]:
+        runtime.step(token)
+    prefill, step = _slowed(runtime.prefill, slowdown), _slowed(runtime.step, slowdown)
+    if before:
+        runtime.prefill(before, reuse=True)
+    joules, start = meter.read(), time.perf_counter()
+    if not before:
+        prefill(first)
+    for token in following if before else following[1:]:
+        step(token)
+    decode_s = time.perf_counter() - start
+    return {"decode_s": decode_s, "decode_j": meter.joules(joules, meter.read())}
+
+
+def _slowed(call: Callable[..., np.ndarray], share: float) -> Callable[..., np.ndarray]:
+    """``call`` taking ``share`` of its time longer; waits without sleeping, which is exact to the microsecond."""
+    if not share:
+        return call
+
+    def slowed(*args: Any) -> np.ndarray:
+        start = time.perf_counter()
+        found = call(*args)
+        end = start + (time.perf_counter() - start) * (1 + share)
+        while time.perf_counter() < end:
+            pass
+        return found
+
+    return slowed
+
+
+def _free_device_bytes() -> int:
+    """Memory of the CUDA device that nobody holds."""
+    import torch
+
+    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else 0
 
 
 def import_runtime(artifact: Path) -> None:
@@ -111,9 +181,12 @@ def main() -> None:
     parser.add_argument("artifact")
     parser.add_argument("--prefill", type=int, default=512)
     parser.add_argument("--decode", type=int, default=128)
+    parser.add_argument("--depth", type=int, default=0)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cold", action="store_true", help="load from the disk, not from the page cache")
+    parser.add_argument("--slowdown", type=float, default=0.0, help="share of its time that every timed call waits")
     arguments = vars(parser.parse_args())
     print(json.dumps(measure(arguments.pop("artifact"), **arguments), indent=2))
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MIB = 2**20
+SOLVED = "Solved for the device"
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,13 @@ def bench_table(rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, Any] | N
     """``rows`` as BenchRow.as_json() gives them, dense last; ``ratios`` of the first to the last adds a row."""
     headers = ("", "decode\ntok/s", "TTFT\nms", "prefill\ntok/s", "load\ns", "file\nMiB", "RSS\nMiB", "params\nM",
                "MACs\nM/tok")  # fmt: skip
-    names = ("expert", "dense") if ratios is not None and len(rows) == 2 else tuple(map(_name, rows))
+    names = ("expert", "dense") if ratios is not None and len(rows) == 2 else tuple(map(artifact_name, rows))
     lines: list[tuple[str, ...]] = [
         (
             name,
-            _spread(row["decode_tps"]),
+            spread_text(row["decode_tps"]),
             f"{row['ttft_ms']:.0f}" if row["ttft_ms"] >= 100 else f"{row['ttft_ms']:.1f}",
-            _spread(row["prefill_tps"]),
+            spread_text(row["prefill_tps"]),
             f"{row['load_s']:.2f}",
             _mib(row["file_bytes"]),
             _mib(row["peak_rss_bytes"]),
@@ -120,6 +121,26 @@ def tasks_table(sets: Mapping[str, Mapping[str, Any]]) -> Grid:
     return Grid("Answers", headers, tuple(lines), "p: McNemar's exact test, expert against dense")
 
 
+def solved_table(rows: Sequence[Mapping[str, Any]]) -> Grid:
+    """``rows`` as :func:`cusprun.benchmarks.report.solved_section` gives them."""
+    shown = {
+        "file_bytes": ("file, MB", 1e6, 1),
+        "peak_rss_bytes": ("memory, MB", 1e6, 1),
+        "decode_tps": ("decode, tokens/s", 1, 1),
+        "speedup": ("decode over dense", 1, 2),
+    }
+    lines = []
+    for row in rows:
+        label, unit, digits = shown[row["figure"]]
+        cells = [
+            "" if row[key] is None else f"{row[key] / unit:.{digits}f}" for key in ("wish", "predicted", "measured")
+        ]
+        lines.append((label, *cells, percent(row["error"])))
+    return Grid(
+        SOLVED, ("", "wished", "predicted", "measured", "error"), tuple(lines), "error: predicted over measured"
+    )
+
+
 def report_tables(report: Mapping[str, Any]) -> list[Grid]:
     """The tables of a whole report; a section that was not measured has none."""
     speed = report["speed"]
@@ -130,6 +151,8 @@ def report_tables(report: Mapping[str, Any]) -> list[Grid]:
         first = replace(first, note=f"{first.note}; each counts its own tokens: {name} takes the expert {more:.3f}× "
                         "as many as dense")  # fmt: skip
     grids = [first]
+    if report.get("solved"):
+        grids.append(solved_table(report["solved"]))
     if corpora:
         grids.append(quality_table(corpora))
     if report["tasks"]["sets"]:
@@ -217,6 +240,13 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         "How answers were scored: " + report["tasks"]["how"] + ".",
         "",
     ]
+    parts.extend(map(as_markdown, record_grids(report)))
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def record_grids(report: Mapping[str, Any]) -> list[Grid]:
+    """Widths, text, proofs and stages of a report, as far as there are any."""
+    grids = []
     for title, rows in (
         ("Widths", [_widths(layer) for layer in report["layers"]]),
         ("Text", report["corpora"]),
@@ -226,8 +256,8 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         if rows:
             headers = tuple(dict.fromkeys(key for row in rows for key in row))
             cells = tuple(tuple(_cell(row.get(header)) for header in headers) for row in rows)
-            parts.append(as_markdown(Grid(title, headers, cells, _gone(report["layers"]) if title == "Widths" else "")))
-    return "\n".join(parts).rstrip() + "\n"
+            grids.append(Grid(title, headers, cells, _gone(report["layers"]) if title == "Widths" else ""))
+    return grids
 
 
 def _headline(corpora: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -241,7 +271,8 @@ def _different(corpora: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [name for name, entry in corpora.items() if not entry.get("same_vocabulary", True)]
 
 
-def _name(row: Mapping[str, Any]) -> str:
+def artifact_name(row: Mapping[str, Any]) -> str:
+    """An artifact's name as a table has room for it."""
     name = str(row["artifact"]).rstrip("/").rsplit("/", 1)[-1]
     return name if len(name) <= 20 else f"{name[:9]}…{name[-10:]}"
 
@@ -269,7 +300,8 @@ def _pairs(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None) or "any"
 
 
-def _spread(spread: Mapping[str, float]) -> str:
+def spread_text(spread: Mapping[str, float]) -> str:
+    """Mean ± sd, without decimals from a thousand on."""
     return f"{spread['mean']:.1f} ± {spread['sd']:.1f}" if spread["mean"] < 1000 else (
         f"{spread['mean']:.0f} ± {spread['sd']:.0f}"
     )  # fmt: skip

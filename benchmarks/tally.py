@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,12 +33,25 @@ class Quality:
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """How KL(against || artifact) is spread over the scored positions, in nats, and how sure its mean and top-1 are."""
+
+    kld_mean_stderr: float
+    kld_p50: float
+    kld_p90: float
+    kld_p99: float
+    kld_max: float
+    top1_agreement_stderr: float
+
+
+@dataclass(frozen=True)
 class QualityPair:
     """One corpus measured on an artifact and, where one was given, on the artifact it is held against."""
 
     artifact: Quality
     against: Quality | None
     same_vocabulary: bool = True  # False: each scored in tokens of its own, over the same bytes
+    divergence: Divergence | None = None  # where the vocabularies are the same
 
     @property
     def ratios(self) -> dict[str, float | None]:
@@ -59,7 +72,7 @@ class QualityPair:
 
     def as_json(self) -> dict[str, Any]:
         """The artifact's figures; with another one also that one's, the increase, and what must not be compared."""
-        found = asdict(self.artifact)
+        found = asdict(self.artifact) | ({} if self.divergence is None else asdict(self.divergence))
         if self.against is not None:
             found |= {"against": asdict(self.against), "bits_per_byte_increase": self.increase}
             found |= {"same_vocabulary": self.same_vocabulary} | ({} if self.same_vocabulary else {"remark": REMARK})
@@ -67,7 +80,8 @@ class QualityPair:
 
     def as_lines(self) -> list[str]:
         """The same for a terminal, a figure a line."""
-        lines = [_line(key, value) for key, value in asdict(self.artifact).items() if value is not None]
+        shown = asdict(self.artifact) | ({} if self.divergence is None else asdict(self.divergence))
+        lines = [_line(key, value) for key, value in shown.items() if value is not None]
         if self.against is not None and self.increase is not None:
             for key in ("perplexity", "bits_per_byte", "tokens"):
                 lines.append(_line(f"against {key}", getattr(self.against, key)))
@@ -83,7 +97,7 @@ class Tally:
     nll: float = 0.0
     nll_squared: float = 0.0
     bytes: int = 0
-    kld: float = 0.0
+    kld: list[np.ndarray] = field(default_factory=list)  # by position: its percentiles need all of them
     same_top: int = 0
 
     def add(self, nll: np.ndarray, n_bytes: int) -> None:
@@ -105,9 +119,23 @@ class Tally:
             perplexity_stderr=perplexity * math.sqrt(variance / (self.count - 1)) if self.count > 1 else 0.0,
             bits_per_byte=self.nll / math.log(2) / self.bytes,
             tokens=self.count,
-            kld_mean=self.kld / self.count if compared else None,
+            kld_mean=float(np.concatenate(self.kld).mean()) if compared else None,
             top1_agreement=self.same_top / self.count if compared else None,
             context=context,
+        )
+
+    def divergence(self) -> Divergence:
+        """Of a tally that has KL by position."""
+        kld, share = np.concatenate(self.kld), self.same_top / self.count
+        p50, p90, p99 = np.percentile(kld, [50, 90, 99])
+        others = max(self.count - 1, 1)
+        return Divergence(
+            kld_mean_stderr=float(kld.std()) / math.sqrt(others),
+            kld_p50=float(p50),
+            kld_p90=float(p90),
+            kld_p99=float(p99),
+            kld_max=float(kld.max()),
+            top1_agreement_stderr=math.sqrt(share * (1 - share) / others),
         )
 
 

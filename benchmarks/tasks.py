@@ -7,16 +7,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from cusprun.benchmarks.losses import losses
 from cusprun.errors import InvalidRequest
 from cusprun.progress import track
-from cusprun.runtimes import Message, Runtime, open_runtime
+from cusprun.runtimes import Message, Runtime, is_onnx, open_runtime
 from cusprun.runtimes.child import run_in_child
 
+T = TypeVar("T")
 Z_95 = 1.959963984540054  # two-sided 95 % of the normal distribution
 
 
@@ -69,7 +70,7 @@ def multiple_choice(
     device: str = "cpu",
     context: int = 2048,
 ) -> McResult:
-    """Accuracy of a model folder or .gguf file; with ``limit`` on so many questions, spread evenly over those given.
+    """Accuracy of a model folder, .gguf file or ONNX folder; with ``limit`` on so many questions, at even distances.
 
     The prompt goes through the chat template as the user's turn, and the choices are scored as the assistant's; a model
     without a template sees the prompt, a blank and the choice. Each artifact reads the same texts in its own tokens, so
@@ -88,11 +89,12 @@ def multiple_choice(
         "device": device,
         "context": context,
     }
-    found = run_in_child(_score_all, **request) if artifact.suffix == ".gguf" else _score_all(**request)
+    native = artifact.suffix == ".gguf" or is_onnx(artifact)
+    found = run_in_child(_score_all, **request) if native else _score_all(**request)
     return score(questions, found)
 
 
-def spread(questions: Sequence[Question], limit: int | None) -> Sequence[Question]:
+def spread(questions: Sequence[T], limit: int | None) -> Sequence[T]:
     """At most ``limit`` questions at even distances, always the same ones."""
     if limit is None or len(questions) <= limit:
         return questions

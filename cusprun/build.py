@@ -37,6 +37,10 @@ def build(recipe: Recipe, *, upto: str = "expert") -> dict[str, Any]:
     Raises one InvalidRequest with every precondition that does not hold, before any work; Failed where a step breaks.
     """
     prepared = prepare(recipe, artifacts=upto == "expert")
+    if recipe.device_profile is not None:
+        from cusprun.benchmarks.profile import read_profile
+
+        read_profile(recipe.device_profile, prepared.sizes.anatomy, recipe.quant)
     say(prepared.describe())
     with sole_builder(prepared.out):
         sweep(prepared.out)
@@ -57,22 +61,63 @@ class _Build:
         align = self.recipe.align or default_align(self.dense.anatomy, self.recipe.quant)
         self.cut = Cut(prepared, self.dense, self.stages, align)
         self.artifacts = Artifacts(prepared, self.dense, self.stages, self.cut)
+        if self.recipe.budget:
+            from cusprun.benchmarks.offers import DeviceOffers
+
+            self.cut.device = DeviceOffers(prepared, self.dense, self.stages, self.cut, self.artifacts)
 
     def run(self, upto: str) -> dict[str, Any]:
         key = self.cut.run()
         if upto == "model":
             return self._expert([], None)
-        artifacts = [self.artifacts.export(quant, key) for quant in self.recipe.quant]
+        artifacts = [self.artifacts.export(quant, key) for quant in self.quants]
         reports = {}
         if self.recipe.measure:
-            reports = {artifact["quant"]: self._measure(artifact, self.cut.text) for artifact in artifacts}
-        return self._expert(artifacts, reports.get(self.recipe.quant[0]))
+            frontier = self._frontier(artifacts) if self.recipe.against_quantization else None
+            reports = {artifact["quant"]: self._measure(artifact, self.cut.text, frontier) for artifact in artifacts}
+        card = self._expert(artifacts, reports.get(self.quants[0]))
+        if reports:
+            from cusprun.benchmarks.report_page import write_pages
+
+            write_pages(self.out)
+        return card
+
+    @property
+    def quants(self) -> Sequence[str]:
+        """The types to write: of a budget the one that was found best."""
+        return self.recipe.quant if self.cut.solved is None else (self.cut.solved["quant"],)
 
     # figures ---------------------------------------------------------------------------------------------------------
 
-    def _measure(self, artifact: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+    def _frontier(self, artifacts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The expert's artifacts beside the dense model in every type."""
+        from cusprun.benchmarks.contenders import EVERY, REFERENCE, dense_name, expert_name
+        from cusprun.benchmarks.frontier import Candidate, compare
+
+        recipe, dense = self.recipe, self.artifacts.dense_artifact
+        texts, _ = read_texts(self.cut.texts_path)
+
+        def run() -> dict[str, Any]:
+            candidates = [
+                Candidate(expert_name(self.prepared.name, entry["quant"]), self.out / entry["path"], "expert")
+                for entry in artifacts
+            ]
+            candidates += [Candidate(dense_name(self.dense, quant), dense(quant), "dense") for quant in EVERY]
+            return compare(
+                candidates, texts, reference=dense(REFERENCE), max_tokens=recipe.eval_tokens,
+                repetitions=recipe.repetitions, threads=recipe.threads, device=recipe.device,
+            )  # fmt: skip
+
+        fields = recipe.key("eval_tokens", "repetitions", "threads", "device", "rounding", "tensor_type")
+        inputs = [*(entry["sha256"] for entry in artifacts), self.dense.key, fields, sha256_file(self.cut.texts_path)]
+        found: dict[str, Any] = self.stages.step("frontier", inputs, [], run)["value"]
+        return found
+
+    def _measure(
+        self, artifact: dict[str, Any], text: dict[str, Any], frontier: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
         """Dense and expert as shipped; writes the report of this artifact and returns it."""
-        from cusprun.benchmarks import quality, report, speed, tasks
+        from cusprun.benchmarks import quality, report, samples, speed, tasks
 
         recipe, quant = self.recipe, artifact["quant"]
         expert, dense = self.out / artifact["path"], self.artifacts.dense_artifact(quant)
@@ -100,10 +145,16 @@ class _Build:
             results = [tasks.multiple_choice(path, asked, threads=threads, device=device) for path in (expert, dense)]
             return [result.as_json() for result in results]
 
+        prompts = samples.prompts(texts, asked)
+
+        def run_samples() -> Any:
+            return samples.sample_answers(expert, dense, prompts, threads=threads, device=device)
+
         step, read_text = self.stages.step, sha256_file(self.cut.texts_path)
         speeds = step(f"speed.{quant}", [*both, recipe.key("repetitions", "threads", "device")], [], run_speed)
         read = step(f"quality.{quant}", [*both, recipe.key("eval_tokens"), read_text], [], run_quality)
         answers = step(f"questions.{quant}", [*both, read_text], [], run_questions)["value"] if asked else []
+        said = step(f"samples.{quant}", [*both, read_text], [], run_samples)["value"] if prompts else []
         plan = self.cut.plan
         assert plan is not None  # a method without a plan has no artifact to measure
         whole = report.build_report(
@@ -119,8 +170,10 @@ class _Build:
             corpora=text["corpora"],
             stages=self.stages.seconds(),
             proofs=[{"path": artifact["path"], **artifact["proof"]}],
+            samples=said,
+            frontier=frontier,
         )
-        first = quant == recipe.quant[0]
+        first = quant == self.quants[0]
         report.write_report(self.out / "report" if first else self.out / "report" / quant, whole)
         return whole
 
@@ -139,6 +192,8 @@ class _Build:
             "form": recipe.form if recipe.method == "refit" else None,
             "vocabulary": {"dense": self.dense.anatomy.vocab_size, "expert": expert.vocab_size},
             "predicted_nats_per_token": self.cut.predicted,
+            "budget": {name: value for name, value in asdict(recipe.budget).items() if value is not None} or None,
+            "solved": self.cut.solved,
             "recover": self.cut.recovery,
             "removed_share": 1 - expert.parameters / self.dense.anatomy.parameters,
             "weights_note": self.dense.weights_note,

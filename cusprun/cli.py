@@ -6,15 +6,16 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from cusprun import __version__, cli_corpora, flags
+from cusprun import __version__, cli_corpora, cli_measure, flags
 from cusprun.errors import Failed, InvalidRequest, reason_of
 from cusprun.flags import Json, print_json
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="cusprun-edge",
@@ -27,17 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_corpora.app, name="corpora")
 
-
-class Score(StrEnum):
-    """Which tokens of a window count."""
-
-    second_half = "second-half"
-    all = "all"
-
-
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads; default: physical cores.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Against = Annotated[Path | None, typer.Option(help="The artifact to compare with, such as the dense model.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -106,6 +97,9 @@ def _build(given: dict[str, Any], recipe: Path | None, as_json: bool, upto: str)
         from cusprun.benchmarks.tables import print_tables, report_tables
 
         print_tables(report_tables(json.loads(report.read_text(encoding="utf-8"))))
+    page = Path(out) / "report" / "report.html"
+    if page.is_file():
+        typer.echo(f"{page}")
     for artifact in expert["artifacts"]:
         typer.echo(f"{Path(out) / artifact['path']}  {artifact['bytes'] / 2**20:.1f} MiB")
     typer.echo(f"{Path(out) / 'model'}  {expert['expert']['parameters'] / 1e6:.1f} M parameters")
@@ -170,73 +164,10 @@ def export(
         typer.echo("\n".join(line for one in found for line in one.as_lines()))
 
 
-@app.command()
-def bench(
-    artifact: Annotated[list[Path], typer.Argument(help="A .gguf file, a model folder or an expert's folder.")],
-    against: Against = None,
-    prefill: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
-    decode: Annotated[int, typer.Option(help="Tokens generated.")] = 128,
-    repetitions: Annotated[int, typer.Option(help="Runs of each artifact, in alternation.")] = 5,
-    threads: Threads = None,
-    device: Device = "cpu",
-    json_: Json = False,
-) -> None:
-    """Measure tokens per second, time to first token, load time and memory, each run in a fresh process.
-
-    Example: cusprun-edge bench expert --against dense.gguf
-    """
-    from cusprun.benchmarks.speed import bench as measure
-    from cusprun.benchmarks.speed import ratios
-    from cusprun.benchmarks.tables import bench_table, print_tables
-
-    paths = [_artifact(path) for path in artifact] + ([_artifact(against)] if against else [])
-    rows = measure(
-        paths, prefill=prefill, decode=decode, repetitions=repetitions, threads=threads, device=_device(device)
-    )
-    compared = ratios(rows[0], rows[-1]) if against else None
-    if json_:
-        print_json({"rows": [row.as_json() for row in rows], "ratios": compared})
-    else:
-        print_tables([bench_table([row.as_json() for row in rows], compared)])
-
-
-@app.command("eval")
-def evaluate(
-    artifact: Annotated[Path, typer.Argument(help="A .gguf file, a model folder or an expert's folder.")],
-    text: Annotated[Path, typer.Option(help="A text file to measure on.")],
-    against: Against = None,
-    context: Annotated[int, typer.Option(help="Tokens of one window.")] = 512,
-    score: Annotated[Score, typer.Option(help="Tokens of a window that count.")] = Score.second_half,
-    threads: Threads = None,
-    device: Device = "cpu",
-    json_: Json = False,
-) -> None:
-    """Perplexity and bits per byte of an artifact as it ships; with --against also what it costs over that one.
-
-    Artifacts with different vocabularies are scored over the same bytes: compare their bits per byte.
-
-    Example: cusprun-edge eval expert --text contracts.txt --against dense.gguf --json
-    """
-    from cusprun.benchmarks.quality import evaluate_corpora
-    from cusprun.corpora.document import Scenario
-    from cusprun.corpora.own import read_own
-
-    texts = [document.text for document in read_own(text, "text", Scenario())]  # says what cannot be read
-    if _plain(text):
-        texts = [text.read_text(encoding="utf-8")]
-    found = evaluate_corpora(
-        _artifact(artifact),
-        {"text": texts},
-        against=_artifact(against) if against else None,
-        context=context,
-        score=score.value,
-        threads=threads,
-        device=_device(device),
-    )["text"]
-    if json_:
-        print_json(found.as_json())
-    else:
-        typer.echo("\n".join(found.as_lines()))
+app.command()(cli_measure.bench)
+app.command("eval")(cli_measure.evaluate)
+app.command()(cli_measure.compare)
+app.command()(cli_measure.report)
 
 
 @app.command()
@@ -278,30 +209,20 @@ def inspect(
     typer.echo("\n".join(as_lines(found)))
 
 
-def _artifact(path: Path) -> Path:
-    """The .gguf or model folder that a path stands for."""
-    from cusprun.deploy.chat import find_artifact
-
-    return find_artifact(path)
-
-
-def _plain(path: Path) -> bool:
-    return path.is_file() and path.suffix.lower() in (".txt", ".md")
-
-
-def _device(value: str) -> str:
-    if value not in ("cpu", "cuda"):
-        raise InvalidRequest(f"--device {value}: write cpu or cuda")
-    return value
-
-
 def main() -> None:
     """Runs the command line; errors of ours become one message on stderr and their exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    sys.exit(_run(app))
+    code = _run(app)
+    if code == INTERRUPTED:
+        # Where Ctrl-C fell into an exec() of some library's, CPython ends the process by SIGINT in the end, although
+        # the interrupt was handled; everything is unwound and said by now.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run(command: Callable[..., Any]) -> int:
@@ -311,7 +232,7 @@ def _run(command: Callable[..., Any]) -> int:
         print(f"cusprun-edge: {error}" if "\n" not in str(error) else f"cusprun-edge:\n{error}", file=sys.stderr)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        code = 130
+        code = INTERRUPTED
     except BrokenPipeError:
         return 1
     except OSError as error:
@@ -328,7 +249,7 @@ def _run(command: Callable[..., Any]) -> int:
             raise
         error.show()
         return int(error.exit_code)
-    if code == 130:
+    if code == INTERRUPTED:
         print("cusprun-edge: interrupted; the same command goes on from the last finished stage", file=sys.stderr)
     return code if isinstance(code, int) else 0
 

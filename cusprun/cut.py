@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cusprun.allocation import plan_epsilon
 from cusprun.anatomy import Anatomy, LayerWidths, describe
@@ -20,9 +20,14 @@ from cusprun.methods import bias_compensation, plan_method, score_layers
 from cusprun.plan import Plan
 from cusprun.preflight import Prepared
 from cusprun.progress import say
-from cusprun.recipe import WHOLE_MODEL
+from cusprun.recipe import BUDGET, WHOLE_MODEL
 from cusprun.stages import Stages
 from cusprun.statistics import load_statistics, save_statistics, stream
+
+if TYPE_CHECKING:
+    from cusprun.sensitivity import LayerSensitivity
+    from cusprun.solver import Device, Solved
+    from cusprun.widths import Widths
 
 WIDTHS_STRIDE = 4  # with refit, every fourth window gives the widths
 GRADIENT_WINDOWS = 8  # of each dimension that gradients are taken of
@@ -51,6 +56,8 @@ class Cut:
         self.base: Base | None = None
         self.plan: Plan | None = None  # None where the method keeps no neurons of its own (slicegpt)
         self.predicted: float | None = None
+        self.device: Device | None = None  # what a budget is solved by
+        self.solved: dict[str, Any] | None = None  # type and expected figures, where a budget was given
         self.recovery: dict[str, Any] | None = None
 
     def run(self) -> str:
@@ -63,7 +70,7 @@ class Cut:
         prices = self._prices(text["key"]) if self.recipe.vocab != "keep" else None
         chosen = self._spend(base, sensitivity, prices)
         widths = chosen["value"]["widths"] if measured else None
-        self.predicted = chosen["value"].get("predicted")
+        self.predicted, self.solved = chosen["value"].get("predicted"), chosen["value"].get("solved")
         if prices is not None and chosen["value"]["rows"] < self.dense.anatomy.vocab_size:
             base = self._trim(prices, chosen)
         self.base = base
@@ -74,11 +81,8 @@ class Cut:
 
     @cached_property
     def selection(self) -> Selection:
-        prepared, recipe = self.prepared, self.recipe
-        return Selection(
-            prepared.scenario, prepared.own, prepared.dims, recipe.include, recipe.tokens, recipe.window,
-            recipe.questions, recipe.seed, recipe.general, recipe.weights,
-        )  # fmt: skip
+        prepared = self.prepared
+        return Selection.of(self.recipe, prepared.scenario, prepared.own, prepared.dims)
 
     def _select(self, name: str, folder: Path, key: str, windows: Path, texts: Path) -> dict[str, Any]:
         """Calibration windows by dimension and the held-out texts, for the tokenizer of ``folder``."""
@@ -131,8 +135,7 @@ class Cut:
     def _sensitivity(self, base: Base) -> dict[str, Any]:
         from cusprun.sensitivity import DEEP
 
-        assert self.recipe.removed_share is not None
-        deep = self.recipe.removed_share > DEEP
+        deep = self.recipe.removed_share is None or self.recipe.removed_share > DEEP
 
         def take() -> list[dict[str, Any]]:
             from cusprun.sensitivity import measure, probe_windows
@@ -151,6 +154,7 @@ class Cut:
 
         def spend() -> dict[str, Any]:
             from cusprun.sensitivity import LayerSensitivity
+            from cusprun.solver import as_words
             from cusprun.widths import solve_widths
 
             rows = self._row_choices()
@@ -162,19 +166,49 @@ class Cut:
                 )
                 for layer in sensitivity["value"]
             ]
-            assert self.recipe.removed_share is not None
-            found = solve_widths(
-                base.anatomy, layers, self.recipe.removed_share * base.anatomy.parameters,
-                align=self.align, uniform=self.limits.layout == "uniform", rows=rows,
-            )  # fmt: skip
+            settings: dict[str, Any] = {
+                "align": self.align, "uniform": self.limits.layout == "uniform", "rows": rows,
+            }  # fmt: skip
+            solved = None
+            if self.recipe.budget:
+                best = self._solve(base, layers, settings)
+                found, solved = best.widths, {"quant": best.quant, "rounding": best.rounding, **best.expected}
+                say(f"solved: {best.quant}, {as_words(best.expected)}")
+            else:
+                assert self.recipe.removed_share is not None
+                target = self.recipe.removed_share * base.anatomy.parameters
+                found = solve_widths(base.anatomy, layers, target, **settings)
             widths = [None if layer is None else [layer.ffn, layer.heads, layer.kv_heads] for layer in found.layers]
             kept = found.rows if found.rows is not None else base.anatomy.vocab_size
             say(f"the plan adds {found.predicted:.3f} nats per token in sum of what was measured layer by layer")
-            return {"rows": kept, "widths": widths, "predicted": found.predicted}
+            value = {"rows": kept, "widths": widths, "predicted": found.predicted}
+            return value if solved is None else {**value, "solved": solved}
 
         keys = [step["key"] for step in (sensitivity, prices) if step is not None]
         fields = self.recipe.key("ratio", "vocab", "method", "widths", "epsilon")
+        if self.recipe.budget:
+            assert self.device is not None
+            keys += [self.recipe.key(*BUDGET), self.device.key()]
         return self.stages.step("spend", [base.key, *keys, fields, self.limits.key(), str(self.align)], [], spend)
+
+    def _solve(self, base: Base, layers: Sequence[LayerSensitivity], settings: dict[str, Any]) -> Solved:
+        """The type, widths and rows that lose least within the recipe's budget."""
+        from cusprun.solver import solve_budget
+        from cusprun.vocabulary import load_prices
+
+        device = self.device
+        assert device is not None
+        prices = load_prices(self.prices_path) if self.recipe.vocab != "keep" else None
+
+        def measure_bytes(quant: str, widths: Widths) -> int:
+            kept = None
+            if prices is not None and widths.rows is not None and widths.rows < base.anatomy.vocab_size:
+                kept = prices.rows_for(widths.rows)
+            return device.file_bytes(quant, widths.layers, kept)
+
+        return solve_budget(
+            base.anatomy, layers, self.recipe.budget, device.offers(), measure_bytes=measure_bytes, **settings
+        )
 
     def _row_choices(self) -> list[Any]:
         """Sizes of the vocabulary that may be chosen, with what they cost in nats per token."""

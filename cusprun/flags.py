@@ -41,6 +41,13 @@ RecoverTokens = Annotated[int | None, typer.Option(help="Tokens that recovery re
 RecoverRate = Annotated[float | None, typer.Option(help="Learning rate of recovery.")]
 Ratio = Annotated[float | None, typer.Option(help="Share of all parameters that goes; default 0.25.")]
 Epsilon = Annotated[float | None, typer.Option(help="Remove what changes a layer by no more than this.")]
+Size = Annotated[str | None, typer.Option(help="Instead of a ratio: the file's size at most, such as 60MB.")]
+Ram = Annotated[str | None, typer.Option(help="Peak memory at most of the process that runs it, such as 300MB.")]
+Speedup = Annotated[float | None, typer.Option(help="Decode so many times as fast as the dense model in its type.")]
+Tps = Annotated[float | None, typer.Option(help="Decode at least so many tokens per second.")]
+DeviceProfile = Annotated[
+    Path | None, typer.Option(help="Solve for the device on which bench --profile wrote this file.")
+]
 Layout = Annotated[
     str | None, typer.Option(help="auto (default: per-layer where the export holds it), per-layer or uniform.")
 ]
@@ -60,6 +67,12 @@ OutputBits = Annotated[int | None, typer.Option(help="Bits of the output layer i
 TensorType = Annotated[list[str] | None, typer.Option(help="Type of single tensors, REGEX=TYPE; repeat.")]
 Rounding = Annotated[str | None, typer.Option(help="auto (default): gptq in four bits, else imatrix; or nearest.")]
 Measure = Annotated[bool | None, typer.Option("--measure/--no-measure", help="Measure dense and expert.")]
+AgainstQuantization = Annotated[
+    bool | None,
+    typer.Option(
+        "--against-quantization/--alone", help="Compare with the dense model in every type too, speed and all; long."
+    ),
+]
 EvalTokens = Annotated[int | None, typer.Option(help="Tokens of each evaluation text.")]
 Questions = Annotated[int | None, typer.Option(help="Most multiple-choice questions to ask.")]
 Repetitions = Annotated[int | None, typer.Option(help="Speed runs of each artifact.")]
@@ -81,9 +94,10 @@ PRUNING = {
     "recover_tokens": RecoverTokens, "recover_rate": RecoverRate, "seed": Seed, "device": Device,
 }  # fmt: skip
 BUILDING = {
-    "model": Model, **PRUNING, "format": Format, "quant": Quant, "rounding": Rounding,
+    "model": Model, **PRUNING, "size": Size, "ram": Ram, "speedup": Speedup, "tps": Tps,
+    "device_profile": DeviceProfile, "format": Format, "quant": Quant, "rounding": Rounding,
     "tensor_type": TensorType, "block_size": BlockSize, "zero_points": ZeroPoints, "output_bits": OutputBits,
-    "measure": Measure,
+    "measure": Measure, "against_quantization": AgainstQuantization,
     "eval_tokens": EvalTokens, "questions": Questions, "repetitions": Repetitions, "threads": Threads, "name": Name,
     "out": Out,
 }  # fmt: skip

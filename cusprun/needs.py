@@ -14,6 +14,7 @@ EFFICIENCY = 0.6
 TEXTS = 3
 QUESTION_TOKENS = 300
 CUTS = 5  # of a layer, whose losses are measured
+PROFILE_RUNS, PROFILE_TOKENS, PROFILE_START = 40, 600, 2.0  # of each type on a new device; seconds of a start
 ROUNDED_SECONDS = 0.6e-6  # of a weight in compensated rounding, beside the passes over its text
 
 
@@ -41,12 +42,16 @@ def minutes(recipe: Recipe, sizes: Sizes, artifacts: bool) -> tuple[float, float
     if recipe.vocab != "keep":
         passes += SAMPLE
     if artifacts and recipe.measure:
-        measured = 2 * len(recipe.quant)  # dense and expert
+        measured = 2 * _written(recipe)  # dense and expert
         passes += measured * (TEXTS * recipe.eval_tokens + QUESTION_TOKENS * recipe.questions)
     compensated = _compensated(recipe) * (2 if recipe.measure else 1) if artifacts else 0
     passes += compensated * recipe.tokens // ROUNDING_STRIDE * 2
     seconds = 2 * sizes.parameters * passes / (EFFICIENCY * gflops * 1e9) + (60 if artifacts else 10)
     seconds += compensated * sizes.parameters * ROUNDED_SECONDS
+    if recipe.budget.timed and recipe.device_profile is None:
+        seconds += (
+            len(recipe.quant) * PROFILE_RUNS * (PROFILE_START + 2 * sizes.parameters * PROFILE_TOKENS / (gflops * 1e9))
+        )
     return seconds / 60 * 0.7, seconds / 60 * 1.5
 
 
@@ -66,16 +71,23 @@ def needs(recipe: Recipe, sizes: Sizes, artifacts: bool) -> tuple[int, int]:
         widest = max(max(widths.ffn, widths.heads * anatomy.head_dim) for widths in anatomy.layers)
         memory += _if_held(recipe.tokens * widest * 4) + 6 * widest**2 * 8
     if artifacts:
-        files = sum(sizes.parameters * kept * bits_of(quant) / 8 for quant in recipe.quant)
+        bits = sorted((bits_of(quant) for quant in recipe.quant), reverse=True)[: _written(recipe)]
+        files = sum(sizes.parameters * kept * one / 8 for one in bits)
         disk += files + sizes.parameters * kept * 4  # the float32 file that is quantized
         disk += _compensated(recipe) * sizes.parameters * 1.25  # codes and scales, until the build ends
         memory = max(memory, sizes.parameters * kept * 8)  # torch and the widest .gguf side by side
     return int(disk * 1.1), int(memory + 2**30)
 
 
+def _written(recipe: Recipe) -> int:
+    """How many types are written."""
+    return 1 if recipe.budget else len(recipe.quant)
+
+
 def _compensated(recipe: Recipe) -> int:
     """How many types are rounded with compensation."""
-    return sum(rounding_of(quant, recipe.rounding, zero_points=recipe.zero_points) == "gptq" for quant in recipe.quant)
+    kinds = [rounding_of(quant, recipe.rounding, zero_points=recipe.zero_points) for quant in recipe.quant]
+    return min(kinds.count("gptq"), _written(recipe))
 
 
 def _if_held(size: int) -> int:

@@ -32,7 +32,10 @@ from cusprun.errors import Failed, InvalidRequest, MissingPackage
 from cusprun.formats import format_of, rounding_of
 from cusprun.layouts import Limits, limits_of
 from cusprun.needs import minutes, needs
-from cusprun.recipe import WHOLE_MODEL, Recipe
+from cusprun.recipe import WHOLE_MODEL, Recipe, read_recipe
+
+# Fields of a recipe that say where the expert lies and how it is measured: what it is hangs on the others.
+MEASURING = {"out", "measure", "against_quantization", "eval_tokens", "repetitions", "threads"}
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,9 @@ class Prepared:
     def describe(self) -> str:
         """The plan in a few lines: model, scenario, text, tokens, disk, memory, rough time."""
         recipe, sizes = self.recipe, self.sizes
-        cut = (
-            f"ε {recipe.epsilon:g}" if recipe.removed_share is None else f"{recipe.removed_share:.0%} of all parameters"
-        )
+        cut = f"ε {recipe.epsilon:g}" if recipe.epsilon is not None else recipe.budget.words()
+        if recipe.removed_share is not None:
+            cut = f"{recipe.removed_share:.0%} of all parameters"
         dimensions = [*(self.scenario.given() or ["general"]), *self.dims]
         general = (
             recipe.general if self.scenario.given().get("domain") != "general" and dimensions != ["general"] else 0
@@ -169,8 +172,9 @@ def _formats(recipe: Recipe) -> str:
     told = {quant: rounding_of(quant, recipe.rounding, zero_points=recipe.zero_points) for quant in recipe.quant}
     types = {quant: quant if how == "nearest" else f"{quant} ({how})" for quant, how in told.items()}
     folders = dict.fromkeys(map(format_of, recipe.quant))
-    return ", ".join(
-        f"{name}/ in {', '.join(text for quant, text in types.items() if format_of(quant) == name)}" for name in folders
+    which = " or ".join if recipe.budget else ", ".join
+    return which(
+        f"{name}/ in {which(text for quant, text in types.items() if format_of(quant) == name)}" for name in folders
     )
 
 
@@ -306,7 +310,7 @@ def check_out(out: Path, recipe: Recipe) -> list[str]:
     saved = out / "recipe.yaml"
     if saved.is_file():
         begun = any(path.name not in (".stages", "recipe.yaml") for path in out.iterdir())
-        if begun and saved.read_text(encoding="utf-8", errors="replace") != recipe.to_yaml():
+        if begun and not _gives_the_same(saved, recipe):
             return [f"--out {out} holds an expert of another recipe (see {saved}); choose another folder or remove it"]
     elif out.is_dir() and any(path.name != ".stages" for path in out.iterdir()):
         return [f"--out {out} holds something that is no expert; choose another folder"]
@@ -320,6 +324,15 @@ def check_out(out: Path, recipe: Recipe) -> list[str]:
     except OSError as error:
         return [f"--out {out}: {place} cannot be written: {error.strerror}; choose another folder"]
     return []
+
+
+def _gives_the_same(saved: Path, recipe: Recipe) -> bool:
+    """Whether a kept recipe differs from this one in nothing but how the expert is measured."""
+    try:
+        before = read_recipe(saved)
+    except InvalidRequest:  # of another version, or spoilt
+        return False
+    return before.model_dump(exclude=MEASURING) == recipe.model_dump(exclude=MEASURING)
 
 
 def _existing_parent(path: Path) -> Path:

@@ -1,21 +1,25 @@
 """The integer program that spends a budget: one choice for every layer and one for the vocabulary, least loss in sum.
 
-Each group (a layer, the vocabulary) offers choices with a measured loss and a price; exactly one of each is taken, so
-that what is removed lies within the tolerance of the target and the losses add up to the least. HiGHS solves it
-through SciPy. That losses of single groups add up is the one assumption; the caller bounds how far it is trusted.
+Each group (a layer, the vocabulary) offers choices with a measured loss and amounts (parameters, bytes, seconds);
+exactly one of each is taken, so that every amount's sum lies within its range and the losses add up to the least.
+HiGHS solves it through SciPy. That losses of single groups add up is the one assumption; the caller bounds how far it
+is trusted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from cusprun.errors import Failed, InvalidRequest
+from cusprun.errors import Failed
+from cusprun.progress import stdout_aside
 
 TIME_LIMIT = 60.0  # seconds; the gap is closed long before on every model tried
 GAP = 1e-4
+WIDE_GAP = 1e-3  # where amounts have upper ends alone; losses are not measured to better than that
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,19 @@ class Choice:
     """One way to cut a group."""
 
     loss: float  # nats that it adds, at least 0
-    removed: float  # what it takes off the budget: parameters, bytes or seconds
+    amounts: tuple[float, ...]  # of what is bounded: parameters, bytes, seconds, one for each range
+
+
+@dataclass(frozen=True)
+class Range:
+    """Where the sum of one amount has to lie."""
+
+    low: float
+    high: float
+
+
+class Infeasible(Exception):
+    """No choices meet every range."""
 
 
 def monotone(values: Sequence[float]) -> np.ndarray:
@@ -49,38 +65,104 @@ def interpolate(levels: Sequence[float], losses: Sequence[float], wanted: Sequen
     return found
 
 
-def solve(groups: Sequence[Sequence[Choice]], target: float, tolerance: float) -> list[int]:
-    """The choice of every group, by number: least total loss with the removals adding up to the target ± tolerance.
+def solve(groups: Sequence[Sequence[Choice]], ranges: Sequence[Range]) -> list[int]:
+    """The choice of every group, by number: least total loss with every amount's sum in its range.
 
-    Raises InvalidRequest naming the nearest sums that can be had where none lies within the tolerance.
+    Raises Infeasible where there are no such choices.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_matrix, vstack
+    if any(bound.low > -np.inf for bound in ranges):
+        return _Program(groups, ranges).least_loss()
+    kept = [worthwhile(group) for group in groups]
+    fewer = [[group[place] for place in places] for group, places in zip(groups, kept, strict=True)]
+    chosen = _Program(fewer, ranges, WIDE_GAP).least_loss()
+    return [places[number] for places, number in zip(kept, chosen, strict=True)]
 
-    counts = [len(group) for group in groups]
-    flat = [choice for group in groups for choice in group]
-    losses = np.array([choice.loss for choice in flat])
-    removed = np.array([choice.removed for choice in flat])
-    scale = max(abs(target), 1.0)
-    rows = np.repeat(np.arange(len(groups)), counts)
-    one_each = csr_matrix((np.ones(len(flat)), (rows, np.arange(len(flat)))), shape=(len(groups), len(flat)))
-    matrix = vstack([one_each, csr_matrix(removed / scale)])
-    low = np.append(np.ones(len(groups)), (target - tolerance) / scale)
-    high = np.append(np.ones(len(groups)), (target + tolerance) / scale)
-    result = milp(
-        losses,
-        constraints=LinearConstraint(matrix, low, high),
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        options={"time_limit": TIME_LIMIT, "mip_rel_gap": GAP},
-    )
-    if result.x is None:
-        if result.status == 2:
-            least = sum(min(choice.removed for choice in group) for group in groups)
-            most = sum(max(choice.removed for choice in group) for group in groups)
-            raise InvalidRequest(
-                f"no choice of widths removes {target:,.0f} ± {tolerance:,.0f}; they remove {least:,.0f} to {most:,.0f}"
+
+def worthwhile(group: Sequence[Choice]) -> list[int]:
+    """Numbers of the choices that no other beats in the loss and in every amount; of equal ones the first."""
+    values = np.array([(choice.loss, *choice.amounts) for choice in group])
+    no_more = (values[:, None] <= values[None]).all(-1)  # [a, b]: a is nowhere more than b
+    equal = no_more & no_more.T
+    beaten = (no_more & ~equal).any(0) | np.triu(equal, 1).any(0)
+    return [int(place) for place in np.flatnonzero(~beaten)]
+
+
+def nearest(groups: Sequence[Sequence[Choice]], ranges: Sequence[Range]) -> list[int]:
+    """The choices whose sums are the least over the upper ends of ``ranges``, in shares of them added up.
+
+    The lower ends do not count. Among those the one of least loss: what can be had where not all can.
+    """
+    return _Program(groups, ranges).nearest()
+
+
+def sums(groups: Sequence[Sequence[Choice]], chosen: Sequence[int]) -> list[float]:
+    """The sum of every amount over the chosen ones."""
+    picked = [group[number].amounts for group, number in zip(groups, chosen, strict=True)]
+    return [sum(column) for column in zip(*picked, strict=True)]
+
+
+def reach(groups: Sequence[Sequence[Choice]], amount: int) -> tuple[float, float]:
+    """The least and the most that one amount may come to."""
+    each = [[choice.amounts[amount] for choice in group] for group in groups]
+    return sum(map(min, each)), sum(map(max, each))
+
+
+class _Program:
+    """Choices as binary variables, groups and ranges as rows of a matrix, each range in units of its upper end."""
+
+    def __init__(self, groups: Sequence[Sequence[Choice]], ranges: Sequence[Range], gap: float = GAP) -> None:
+        from scipy.sparse import csr_matrix, vstack
+
+        self.groups, self.ranges, self.gap = groups, ranges, gap
+        self.counts = [len(group) for group in groups]
+        flat = [choice for group in groups for choice in group]
+        self.losses = np.array([choice.loss for choice in flat])
+        self.scale = np.array([max(abs(bound.high), 1e-12) for bound in ranges])
+        rows = np.repeat(np.arange(len(groups)), self.counts)
+        one_each = csr_matrix((np.ones(len(flat)), (rows, np.arange(len(flat)))), shape=(len(groups), len(flat)))
+        amounts = np.array([choice.amounts for choice in flat]).reshape(len(flat), len(ranges)).T
+        self.matrix = vstack([one_each, csr_matrix(amounts / self.scale[:, None])])
+        self.low = np.array([bound.low for bound in ranges]) / self.scale
+        self.high = np.array([bound.high for bound in ranges]) / self.scale
+
+    def least_loss(self, over: np.ndarray | float = 0.0) -> list[int]:
+        """Upper ends may be exceeded by ``over`` of their shares."""
+        found = self._solve(self.losses, self.matrix, self.low, self.high + over)
+        return self._chosen(found)
+
+    def nearest(self) -> list[int]:
+        from scipy.sparse import csr_matrix, hstack, vstack
+
+        count, slacks = len(self.losses), len(self.ranges)
+        below = vstack([csr_matrix((len(self.groups), slacks)), csr_matrix(-np.eye(slacks))])
+        wide = hstack([self.matrix, below]).tocsr()
+        objective = np.append(np.zeros(count), np.ones(slacks))
+        found = self._solve(objective, wide, np.full(slacks, -np.inf), self.high, slacks)
+        self.low = np.full(slacks, -np.inf)
+        return self.least_loss(found[count:] + 1e-6)
+
+    def _solve(
+        self, objective: np.ndarray, matrix: Any, low: np.ndarray, high: np.ndarray, slacks: int = 0
+    ) -> np.ndarray:
+        from scipy.optimize import Bounds, LinearConstraint, milp
+
+        one = np.ones(len(self.groups))
+        binary = np.append(np.ones(len(self.losses)), np.zeros(slacks))
+        with stdout_aside():  # HiGHS prints notes to itself there
+            result = milp(
+                objective,
+                constraints=LinearConstraint(matrix, np.append(one, low), np.append(one, high)),
+                integrality=binary,
+                bounds=Bounds(0, np.where(binary > 0, 1.0, np.inf)),
+                options={"time_limit": TIME_LIMIT, "mip_rel_gap": self.gap},
             )
-        raise Failed(f"the integer program found no plan: {result.message}")
-    chosen = np.split(result.x, np.cumsum(counts)[:-1])
-    return [int(np.argmax(part)) for part in chosen]
+        if result.x is None:
+            if result.status == 2:
+                raise Infeasible
+            raise Failed(f"the integer program found no plan: {result.message}")
+        found: np.ndarray = result.x
+        return found
+
+    def _chosen(self, values: np.ndarray) -> list[int]:
+        chosen = np.split(values[: len(self.losses)], np.cumsum(self.counts)[:-1])
+        return [int(np.argmax(part)) for part in chosen]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -13,6 +15,20 @@ T = TypeVar("T")
 def say(message: str) -> None:
     """One line on stderr; stdout belongs to results."""
     print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def stdout_aside() -> Iterator[None]:
+    """Drops what native code writes to stdout meanwhile: it belongs to results."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:

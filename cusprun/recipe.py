@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cusprun.budget import Budget, parse_bytes
 from cusprun.errors import InvalidRequest
 from cusprun.files import written_whole
 from cusprun.formats import Rounding, resolve
@@ -34,6 +35,9 @@ Method = Literal[
     "refit", "cus-prun", "llm-pruner", "llm-pruner-vector", "llm-pruner-element2", "llm-pruner-mix",
     "flap", "wanda-sp", "slicegpt", "shortgpt", "magnitude", "random",
 ]  # fmt: skip
+BUDGET = ("size", "ram", "speedup", "tps")
+# Types that a budget is solved in where none is named; of those of one size the first is tried.
+SOLVED_IN = {"gguf": ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_nl", "q4_0"), "onnx": ("int8", "int4")}
 WHOLE_MODEL = ("slicegpt", "shortgpt")  # methods that score no neurons: no ε, no combination, no choice of widths
 
 
@@ -65,6 +69,11 @@ class Recipe(BaseModel):
     vocab: str = Field("auto", pattern=r"^(keep|auto|[1-9][0-9]*)$", description="tokens that stay")
     ratio: float | None = Field(None, gt=0, lt=1, description="share of all parameters that goes")
     epsilon: float | None = Field(None, gt=0, lt=1, description="remove what changes a layer by no more than this")
+    size: str | None = Field(None, description="instead: the file may have so many bytes, such as 60MB")
+    ram: str | None = Field(None, description="peak memory of the process that runs it, such as 300MB")
+    speedup: float | None = Field(None, gt=0, description="decode over the dense model's in the same type")
+    tps: float | None = Field(None, gt=0, description="decoded tokens per second")
+    device_profile: Path | None = Field(None, description="what bench --profile wrote on the device to solve for")
     layout: Literal["auto", "per-layer", "uniform"] = Field(
         "auto", description="widths by layer, or one for all; auto: by layer where the export holds it"
     )
@@ -87,6 +96,7 @@ class Recipe(BaseModel):
     zero_points: bool = Field(False, description="they share a fitted zero point too")
     output_bits: Literal[4, 8] = Field(8, description="bits of the output layer in ONNX int4")
     measure: bool = Field(True, description="measure dense and expert after the export")
+    against_quantization: bool = Field(False, description="compare with the dense model in every type too")
     eval_tokens: int = Field(6144, ge=1024, description="tokens of each evaluation text")
     questions: int = Field(64, ge=1, description="most questions to ask")
     repetitions: int = Field(5, ge=2, description="speed runs of each artifact")
@@ -100,7 +110,13 @@ class Recipe(BaseModel):
     @classmethod
     def _resolve_types(cls, values: Any) -> Any:
         """Types joined by commas come apart; a format without a type gets its default."""
-        if not isinstance(values, dict) or not {"format", "quant"} & values.keys():
+        if not isinstance(values, dict):
+            return values
+        if not values.get("quant") and any(values.get(name) is not None for name in BUDGET):
+            formats = values.get("format") or ()
+            named = ",".join([formats] if isinstance(formats, str) else map(str, formats)) or "gguf"
+            values = {**values, "quant": tuple(q for name in named.split(",") for q in SOLVED_IN.get(name, ()))}
+        if not {"format", "quant"} & values.keys():
             return values
         given = {key: values.get(key) or () for key in ("format", "quant")}
         lists = {key: [value] if isinstance(value, str) else value for key, value in given.items()}
@@ -121,6 +137,7 @@ class Recipe(BaseModel):
             problems.append("ratio and epsilon are two ways to say how much goes: give one")
         if not (self.lang or self.domain or self.task or self.corpus or self.dim):
             problems.append("a scenario needs at least one of lang, domain, task, corpus, dim")
+        problems += self._wrong_budget()
         if self.tokens < 4 * self.window:
             problems.append(f"tokens {self.tokens} is less than four windows of {self.window}")
         if self.epsilon is not None and self.method not in ("refit", "cus-prun"):
@@ -148,10 +165,39 @@ class Recipe(BaseModel):
             raise ValueError("; ".join(problems))
         return self
 
+    def _wrong_budget(self) -> list[str]:
+        problems = []
+        for name in ("size", "ram"):
+            if (value := getattr(self, name)) is not None:
+                try:
+                    parse_bytes(value)
+                except ValueError as error:
+                    problems.append(f"{name}: {error}")
+        given = [name for name in BUDGET if getattr(self, name) is not None]
+        other = [name for name in ("ratio", "epsilon") if getattr(self, name) is not None]
+        if given and other:
+            problems.append(f"{given[0]} and {other[0]} are two ways to say how much goes: give one")
+        if given and (self.method != "refit" or self.cuts_by != "measured"):
+            problems.append(f"{given[0]} is solved by measured losses: leave method and widths out, or give ratio")
+        if self.device_profile is not None and not {"ram", "speedup", "tps"} & set(given):
+            problems.append("device_profile says how fast and large models run: give tps, speedup or ram")
+        untimed = [quant for quant in self.quant if quant in TYPES and TYPES[quant].needs_imatrix]
+        if untimed and given:
+            problems.append(f"quant {untimed[0]} cannot be solved for: name another")
+        return problems
+
+    @property
+    def budget(self) -> Budget:
+        """What the device allows; empty where ratio or ε decides."""
+        size, ram = (None if text is None else parse_bytes(text) for text in (self.size, self.ram))
+        return Budget(size, ram, self.speedup, self.tps)
+
     @property
     def removed_share(self) -> float | None:
-        """The ratio asked for; None where ε decides."""
-        return None if self.epsilon is not None else (DEFAULT_RATIO if self.ratio is None else self.ratio)
+        """The ratio asked for; None where ε or the device decides."""
+        if self.epsilon is not None or self.budget:
+            return None
+        return DEFAULT_RATIO if self.ratio is None else self.ratio
 
     @property
     def weights(self) -> dict[str, float]:

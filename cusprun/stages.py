@@ -24,6 +24,8 @@ VERSIONS = {
     "text": 2,
     "prices": 2,
     "sensitivity": 2,
+    "sizes": 1,
+    "rounding": 1,
     "spend": 1,
     "trim": 1,
     "retext": 1,
@@ -38,7 +40,9 @@ VERSIONS = {
     "onnx": 2,
     "quality": 1,
     "questions": 1,
-    "speed": 1,
+    "samples": 1,
+    "speed": 2,
+    "frontier": 1,
 }
 
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from cusprun.errors import Failed, InvalidRequest
 
@@ -33,6 +33,7 @@ ELEMENTS = {
     "U8": "uint8",
     "BOOL": "bool",
 }
+NOISE = 1_048_583  # numbers until they repeat, a prime
 ENTRY_ROOM = 192  # bytes of a header's entry beside the name: element type, shape and offsets of up to 20 digits each
 
 
@@ -94,8 +95,7 @@ def write_tensors(path: Path, names: Sequence[str], tensors: Iterator[tuple[str,
     import torch
 
     elements = {getattr(torch, of_torch): element for element, of_torch in ELEMENTS.items()}
-    room = sum(len(json.dumps(name)) + ENTRY_ROOM for name in names) + ENTRY_ROOM
-    room += -(8 + room) % 64  # the data begins on a whole block
+    room = _header_room(names)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
     with path.open("wb") as file:
@@ -110,9 +110,53 @@ def write_tensors(path: Path, names: Sequence[str], tensors: Iterator[tuple[str,
             header[name] = {"dtype": elements[held.dtype], "shape": list(held.shape), "data_offsets": [begin, end]}
             begin = end
             del tensor, held
-        text = json.dumps(header, separators=(",", ":")).encode()
-        if len(text) > room:
-            raise ValueError(f"{path}: the header takes {len(text)} bytes and {room} were kept for it")
-        file.seek(0)
-        file.write(struct.pack("<Q", room) + text.ljust(room))
+        _write_header(file, header, room)
     return begin
+
+
+def write_zeros(path: Path, shapes: Mapping[str, tuple[int, ...]], element: str) -> None:
+    """A file of tensors that are all zero, of element type ``element``; its data are a hole that takes no disk."""
+    import torch
+
+    size = torch.empty(0, dtype=getattr(torch, ELEMENTS[element])).element_size()
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    room, begin = _header_room(list(shapes)), 0
+    for name, shape in shapes.items():
+        end = begin + math.prod(shape) * size
+        header[name] = {"dtype": element, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    with path.open("wb") as file:
+        _write_header(file, header, room)
+        file.truncate(8 + room + begin)
+
+
+def write_noise(path: Path, shapes: Mapping[str, tuple[int, ...]], element: str) -> None:
+    """A file of tensors of small normal numbers, always the same; no two pages of it are alike."""
+    import torch
+
+    noise = (0.02 * torch.randn(NOISE, generator=torch.Generator().manual_seed(0))).to(
+        getattr(torch, ELEMENTS[element])
+    )
+    begin = 0
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal begin
+        for name, shape in shapes.items():
+            size = math.prod(shape)
+            yield name, noise.repeat(-(-(begin + size) // NOISE))[begin : begin + size].reshape(shape)
+            begin = (begin + size) % NOISE
+
+    write_tensors(path, list(shapes), tensors())
+
+
+def _header_room(names: Sequence[str]) -> int:
+    room = sum(len(json.dumps(name)) + ENTRY_ROOM for name in names) + ENTRY_ROOM
+    return room + -(8 + room) % 64  # the data begins on a whole block
+
+
+def _write_header(file: BinaryIO, header: Mapping[str, Any], room: int) -> None:
+    text = json.dumps(header, separators=(",", ":")).encode()
+    if len(text) > room:
+        raise ValueError(f"{file.name}: the header takes {len(text)} bytes and {room} were kept for it")
+    file.seek(0)
+    file.write(struct.pack("<Q", room) + text.ljust(room))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from cusprun.anatomy import Anatomy, LayerWidths
 from cusprun.anatomy.structure import MIN_FFN
 from cusprun.errors import InvalidRequest
-from cusprun.program import Choice, interpolate, solve
+from cusprun.program import Choice, Infeasible, Range, interpolate, reach, solve
 from cusprun.sensitivity import LayerSensitivity
 
 TOLERANCES = (0.0025, 0.01, 0.03)  # of what the dense model weighs, either way; the wider ones for coarse models
@@ -44,53 +44,89 @@ def solve_widths(
     align: int,
     uniform: bool = False,
     rows: Sequence[RowsChoice] = (),
-    weigh: Callable[[Anatomy], float] | None = None,
-    least: float = 0.0,
 ) -> Widths:
-    """The widths that take ``target`` off what the dense model weighs, at the least sum of losses.
+    """The widths that take ``target`` parameters off the dense model at the least sum of losses.
 
-    ``weigh`` gives an anatomy's weight: its parameters unless told otherwise (bytes, or seconds a token); it has to be
-    a sum over layers and rows. ``uniform`` gives every layer the same widths. ``least`` is the share of its channels
-    that every layer keeps at least. Raises InvalidRequest where no widths meet the target within the last of
-    TOLERANCES.
+    ``uniform`` gives every layer the same widths. Raises InvalidRequest where no widths meet the target within the
+    last of TOLERANCES.
     """
-    weigh = weigh or (lambda sizes: float(sizes.parameters))
-    options = [
-        _layer_options(anatomy, index, sensitivity, align, least) for index, sensitivity in enumerate(sensitivities)
-    ]
-    if uniform:
-        options = _merge(anatomy, options)
-    offered = [
-        [_priced(anatomy, None if uniform else index, widths, loss, weigh) for widths, loss in group]
-        for index, group in enumerate(options)
-    ]
-    if rows:
-        every = weigh(anatomy)
-        offered.append([Choice(row.loss, every - weigh(anatomy.with_vocabulary(row.rows))) for row in rows])
-    chosen = _solve(offered, target, weigh(anatomy))
-    predicted = sum(group[number].loss for group, number in zip(offered, chosen, strict=True))
-    kept = rows[chosen.pop()].rows if rows else None
-    picked = [group[number][0] for group, number in zip(options, chosen, strict=True)]
-    return Widths(tuple(picked * len(anatomy.layers) if uniform else picked), kept, predicted)
+    offers = Offers(anatomy, sensitivities, align=align, uniform=uniform, rows=rows)
+
+    def gone(index: int, widths: LayerWidths | None) -> tuple[float]:
+        kept = 0 if widths is None else anatomy.layer_parameters(widths)
+        return (float(anatomy.layer_parameters(anatomy.layers[index]) - kept),)
+
+    def rows_gone(kept: int) -> tuple[float]:
+        return (float(anatomy.parameters - anatomy.with_vocabulary(kept).parameters),)
+
+    return offers.widths(_solve(offers.priced(gone, rows_gone), target, float(anatomy.parameters)))
+
+
+class Offers:
+    """All that may be chosen: pairs of widths for every layer, or one pair for all, and sizes of the vocabulary."""
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        sensitivities: Sequence[LayerSensitivity],
+        *,
+        align: int,
+        uniform: bool = False,
+        rows: Sequence[RowsChoice] = (),
+    ) -> None:
+        """Raises InvalidRequest where ``uniform`` is asked of a model whose layers differ."""
+        self.anatomy, self.uniform, self.rows = anatomy, uniform, rows
+        options = [_layer_options(anatomy, index, layer, align) for index, layer in enumerate(sensitivities)]
+        self.options = _merge(anatomy, options) if uniform else options
+
+    def priced(
+        self,
+        of_layer: Callable[[int, LayerWidths | None], tuple[float, ...]],
+        of_rows: Callable[[int], tuple[float, ...]],
+    ) -> list[list[Choice]]:
+        """Choices with the amounts that a layer's widths, by its number, and the kept rows come to."""
+        groups = []
+        for index, group in enumerate(self.options):
+            places = range(len(self.anatomy.layers)) if self.uniform else (index,)
+            groups.append(
+                [
+                    Choice(loss, tuple(map(sum, zip(*(of_layer(place, widths) for place in places), strict=True))))
+                    for widths, loss in group
+                ]
+            )
+        if self.rows:
+            groups.append([Choice(row.loss, of_rows(row.rows)) for row in self.rows])
+        return groups
+
+    def widths(self, chosen: Sequence[int]) -> Widths:
+        """What the choices of :meth:`priced`, by number, stand for."""
+        layers = [group[number] for group, number in zip(self.options, chosen, strict=False)]
+        row = self.rows[chosen[-1]] if self.rows else None
+        predicted = sum(loss for _, loss in layers) + (row.loss if row is not None else 0.0)
+        picked = tuple(widths for widths, _ in layers)
+        if self.uniform:
+            picked *= len(self.anatomy.layers)
+        return Widths(picked, None if row is None else row.rows, predicted)
 
 
 def _solve(offered: Sequence[Sequence[Choice]], target: float, whole: float) -> list[int]:
-    *narrow, widest = (tolerance * whole for tolerance in TOLERANCES)
-    for tolerance in narrow:
-        with suppress(InvalidRequest):  # no widths so near to the target
-            return solve(offered, target, tolerance)
-    return solve(offered, target, widest)
+    for tolerance in (share * whole for share in TOLERANCES):
+        with suppress(Infeasible):  # no widths so near to the target
+            return solve(offered, [Range(target - tolerance, target + tolerance)])
+    least, most = reach(offered, 0)
+    raise InvalidRequest(
+        f"no choice of widths removes {target:,.0f} ± {TOLERANCES[-1] * whole:,.0f}; they remove {least:,.0f} to "
+        f"{most:,.0f}"
+    )
 
 
 Option = tuple[LayerWidths | None, float]
 
 
-def _layer_options(
-    anatomy: Anatomy, index: int, sensitivity: LayerSensitivity, align: int, least: float
-) -> list[Option]:
+def _layer_options(anatomy: Anatomy, index: int, sensitivity: LayerSensitivity, align: int) -> list[Option]:
     """Every pair of widths that one layer may have, with its loss; the runtimes' limits hold."""
     full = anatomy.layers[index]
-    floor = max(-(-min(MIN_FFN, full.ffn) // align) * align, least * full.ffn)
+    floor = -(-min(MIN_FFN, full.ffn) // align) * align
     ffn = [width for width in range(full.ffn // align * align, 0, -align) if floor <= width]
     ffn = [full.ffn] + [width for width in ffn if width < full.ffn]
     heads = list(range(full.kv_heads, -1 if 0 in sensitivity.kv_heads else 0, -1))
@@ -102,7 +138,7 @@ def _layer_options(
         for width, of_ffn in ffn_loss.items()
         for kv_heads, of_heads in head_loss.items()
     ]
-    if sensitivity.dropped is not None and least == 0:
+    if sensitivity.dropped is not None:
         options.append((None, sensitivity.dropped))
     return options
 
@@ -131,12 +167,3 @@ def _merge(anatomy: Anatomy, options: list[list[Option]]) -> list[list[Option]]:
         if widths is not None and widths.heads and not (divides and anatomy.hidden_size % widths.heads)
     ]
     return [[(widths, sum(table[widths] for table in tables)) for widths in shared]]
-
-
-def _priced(
-    anatomy: Anatomy, index: int | None, widths: LayerWidths | None, loss: float, weigh: Callable[[Anatomy], float]
-) -> Choice:
-    """A choice with what it takes off: of the layer ``index``, or of all alike where that is None."""
-    layers = [widths if index in (None, place) else layer for place, layer in enumerate(anatomy.layers)]
-    smaller = anatomy.with_layers(layers)
-    return Choice(loss, weigh(anatomy) - weigh(smaller))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import signal
 import sys
@@ -158,13 +157,22 @@ class Conversation:
 
 
 def _talk(conversation: Conversation, source: TextIO, sink: TextIO) -> None:
+    # It reads Ctrl-C as a key. A signal would also throw away what was typed, and is lost where it comes just before
+    # a blocking read.
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.input import create_input
+    from prompt_toolkit.output import create_output
+
+    session = PromptSession[str](input=create_input(source), output=create_output(always_prefer_tty=True))
     say("Ctrl-C ends an answer, Ctrl-D the conversation.")
     with _CtrlC() as ctrl_c:
         while True:
+            ctrl_c.pressed = False
             try:
-                prompt = ctrl_c.read(source, sink).strip()
+                prompt = session.prompt(PROMPT).strip()
+            except KeyboardInterrupt:
+                continue
             except EOFError:
-                print(file=sink)
                 return
             if prompt:
                 try:
@@ -174,13 +182,10 @@ def _talk(conversation: Conversation, source: TextIO, sink: TextIO) -> None:
 
 
 class _CtrlC:
-    """Ctrl-C in a conversation: it empties the line that is being typed and ends the answer that is being given.
-
-    It raises only while a line is read, and once a line, so that no number of them at any moment ends the program.
-    """
+    """Ctrl-C ends the answer that is being given. It raises nothing, so that no number of them ends the program."""
 
     def __init__(self) -> None:
-        self._reading = self._pressed = False
+        self.pressed = False
 
     def __enter__(self) -> _CtrlC:
         self._before = signal.signal(signal.SIGINT, self._press)
@@ -190,41 +195,14 @@ class _CtrlC:
         signal.signal(signal.SIGINT, self._before)
 
     def _press(self, *_: object) -> None:
-        self._pressed = True
-        if self._reading:
-            self._reading = False
-            raise KeyboardInterrupt
-
-    def read(self, source: TextIO, sink: TextIO) -> str:
-        """A line without its end, empty where it was interrupted. Raises EOFError at the end of the input."""
-        try:
-            self._reading = True
-            line = _read_line(source, sink)
-            self._reading = False
-        except KeyboardInterrupt:
-            print(file=sink, flush=True)
-            return ""
-        finally:
-            self._reading = False
-        return line
+        self.pressed = True
 
     def cut(self, pieces: Iterator[str]) -> Iterator[str]:
         """The pieces up to the next Ctrl-C."""
-        self._pressed = False
         for piece in pieces:
             yield piece
-            if self._pressed:
+            if self.pressed:
                 return
-
-
-def _read_line(source: TextIO, sink: TextIO) -> str:
-    if source is sys.stdin and sink is sys.stdout:
-        return builtins.input(PROMPT)
-    print(PROMPT, end="", file=sink, flush=True)
-    line = source.readline()
-    if not line:
-        raise EOFError
-    return line
 
 
 def _show(pieces: Iterator[str], sink: TextIO) -> None:

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cusprun import __version__
 from cusprun.checkpoint import load_tokenizer
-from cusprun.corpora.cache import cache_folder
-from cusprun.corpora.selection import read_texts, read_windows
+from cusprun.corpora.selection import read_aside, read_texts, read_windows
 from cusprun.cut import Cut
 from cusprun.dense import Dense, local_path
 from cusprun.exporters.compensation import Roundings
+from cusprun.exporters.dense_artifacts import DenseArtifacts, sample_windows, take_imatrix
 from cusprun.files import folder_written_whole, sha256_file, written_whole
 from cusprun.formats import Rounding, format_of, rounding_of
-from cusprun.preflight import Prepared, model_name
+from cusprun.preflight import Prepared
 from cusprun.quants import TYPES, is_weighed, parse_override
-from cusprun.recipe import ROUNDING_STRIDE
 from cusprun.stages import VERSIONS, Stages
 
+if TYPE_CHECKING:
+    from cusprun.exporters.proof import Proof
+
 PROOF_WINDOWS = 8
-
-
-def sample_windows(path: Path) -> dict[str, np.ndarray]:
-    """Some of the calibration windows of a file, (n, window) by text: rounding needs fewer than the cut."""
-    return {name: ids[::ROUNDING_STRIDE] for name, ids in read_windows(path).items()}
+ROUNDING_WINDOWS = 12  # that what a type loses by itself is measured on
 
 
 class Artifacts:
@@ -41,7 +39,11 @@ class Artifacts:
         self.dense, self.stages, self.cut = dense, stages, cut
         aside, device = stages.folder, self.recipe.device
         self._expert_rounded = Roundings(self.out / "model", lambda: sample_windows(self._own_windows()), aside, device)
-        self._dense_rounded = Roundings(dense.folder, lambda: sample_windows(cut.windows_path), aside, device)
+        overrides = [parse_override(value) for value in self.recipe.tensor_type]
+        self._dense = DenseArtifacts(
+            dense, cut.windows_path, aside, wish=self.recipe.rounding, overrides=overrides,
+            onnx=self._onnx_settings(), device=device,
+        )  # fmt: skip
 
     def export(self, quant: str, model_key: str) -> dict[str, Any]:
         """Writes and proves the expert in one type; its entry in expert.json."""
@@ -49,7 +51,45 @@ class Artifacts:
 
     def dense_artifact(self, quant: str) -> Path:
         """The dense model in the same type, rounded in the same way; written once for all builds on the same text."""
-        return (self._dense_gguf if format_of(quant) == "gguf" else self._dense_onnx)(quant)
+        return self._dense.artifact(quant)
+
+    def file_bytes(self, folder: Path, quant: str, *, exact: bool = True) -> int:
+        """Bytes of the artifact that the model ``folder``, which may be hollow, becomes in one type.
+
+        Of an ONNX folder without ``exact`` those of weights and tokenizer alone; with it, the folder is written.
+        """
+        if format_of(quant) == "gguf":
+            from cusprun.exporters.gguf import GgufExport
+
+            weighed = self._rounding(quant) != "nearest" and is_weighed(quant)
+            export = GgufExport(
+                folder, quant, name=self.prepared.name, metadata=self._metadata(), overrides=self._overrides(quant),
+                weighed=weighed,
+            )  # fmt: skip
+            return export.prediction.bytes
+        from cusprun.exporters.onnx import OnnxExport
+        from cusprun.exporters.onnx_folder import TOKENIZER
+
+        planned = OnnxExport(folder, quant, name=self.prepared.name, **self._onnx_settings())
+        if exact:
+            with tempfile.TemporaryDirectory(prefix="cusprun-size-") as scratch:
+                return planned.write(Path(scratch) / quant).bytes
+        beside = sum((folder / name).stat().st_size for name in TOKENIZER if (folder / name).is_file())
+        return planned.prediction.bytes + beside
+
+    def rounding_proof(self, quant: str) -> Proof:
+        """How far the dense model in one type is from itself, on calibration-side text that is set aside."""
+        from cusprun.exporters.proof import prove_gguf, prove_onnx
+
+        found = read_aside(self.cut.windows_path) or read_windows(self.cut.windows_path)
+        turns = [
+            ids[turn] for turn in range(max(map(len, found.values()))) for ids in found.values() if turn < len(ids)
+        ]
+        windows, path = np.stack(turns[:ROUNDING_WINDOWS]), self.dense_artifact(quant)
+        settings: dict[str, Any] = {"strict": False, "threads": self.recipe.threads}
+        if format_of(quant) == "gguf":
+            return prove_gguf(path, self.dense.folder, windows, **settings)
+        return prove_onnx(path, self.dense.folder, quant, windows, **settings)
 
     def _rounding(self, quant: str) -> Rounding:
         return rounding_of(quant, self.recipe.rounding, zero_points=self.recipe.zero_points)
@@ -109,7 +149,10 @@ class Artifacts:
         base = self.cut.base
         assert base is not None
         self.stages.step(
-            "imatrix", [model_key, base.key], [path], lambda: self._take_imatrix(self.out / "model", base.windows, path)
+            "imatrix",
+            [model_key, base.key],
+            [path],
+            lambda: take_imatrix(self.out / "model", base.windows, path, self.recipe.device),
         )
         return path
 
@@ -124,13 +167,6 @@ class Artifacts:
             return []
         assert self.cut.base is not None
         return [rounding, self.cut.base.key, str(VERSIONS["gptq"])]
-
-    def _take_imatrix(self, folder: Path, windows: Path, path: Path) -> None:
-        from cusprun.exporters.imatrix import collect_imatrix
-        from cusprun.exporters.imatrix_file import write_imatrix
-
-        texts = sample_windows(windows)
-        write_imatrix(path, collect_imatrix(folder, texts, self.recipe.device), list(texts))
 
     def _metadata(self) -> dict[str, str | list[str]]:
         from cusprun.exporters.gguf_card import read_card
@@ -149,34 +185,6 @@ class Artifacts:
             "cusprun.version": __version__,
         }
         return {key: value for key, value in values.items() if value}
-
-    def _dense_gguf(self, quant: str) -> Path:
-        from cusprun.exporters.gguf import GgufExport
-
-        name = model_name(self.dense.id)
-        folder = cache_folder() / "dense-gguf" / f"{self.dense.key[:16]}-{VERSIONS['gguf']}"
-        matrix, overrides = None, self._overrides(quant)
-        rounding = self._rounding(quant)
-        name += self._rounded_by(rounding)
-        if rounding != "nearest" and is_weighed(quant):
-            matrix = folder / f"{name}.imatrix"
-            if not matrix.is_file():
-                self._take_imatrix(self.dense.folder, self.cut.windows_path, matrix)
-        if overrides:
-            name += "-" + hashlib.sha256(repr(overrides).encode()).hexdigest()[:8]
-        path = folder / f"{name}-{quant}.gguf"
-        if not path.is_file():
-            weighed, label = matrix is not None, model_name(self.dense.id)
-            export = GgufExport(self.dense.folder, quant, name=label, overrides=overrides, weighed=weighed)
-            export.write(path, matrix, compensated=self._dense_rounded.for_export(rounding, export))
-        return path
-
-    def _rounded_by(self, rounding: Rounding) -> str:
-        """What the name of a dense artifact says of its rounding: two texts make two files."""
-        if rounding == "nearest":
-            return ""
-        text = sha256_file(self.cut.windows_path)[:16]
-        return f"-{text}" if rounding == "imatrix" else f"-gptq{VERSIONS['gptq']}-{text}"
 
     # ONNX ------------------------------------------------------------------------------------------------------------
 
@@ -215,19 +223,6 @@ class Artifacts:
             "symmetric": not recipe.zero_points,
             "output_bits": recipe.output_bits,
         }
-
-    def _dense_onnx(self, quant: str) -> Path:
-        from cusprun.exporters.onnx import OnnxExport
-
-        settings, rounding = self._onnx_settings(), self._rounding(quant)
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-        name = f"{self.dense.key[:16]}-{VERSIONS['onnx']}-{quant}" + (f"-{digest}" if quant == "int4" else "")
-        name += self._rounded_by(rounding)
-        path = cache_folder() / "dense-onnx" / name
-        if not path.is_dir():
-            export = OnnxExport(self.dense.folder, quant, name=model_name(self.dense.id), **settings)
-            export.write(path, self._dense_rounded.for_export(rounding, export))
-        return path
 
     def _proof_windows(self) -> np.ndarray:
         """Held-out text in windows, for the comparison with torch."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import tempfile
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,23 @@ import pytest
 from tests import pico
 
 WORDS = sorted({word for sentence in pico.SENTENCES for word in sentence.split()})
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Where tests run side by side, one marked ``alone`` waits for the others and lets none begin before it is done."""
+    worker = getattr(item.config, "workerinput", None)
+    if worker is None:
+        return (yield)
+    import fcntl
+
+    name = Path(tempfile.gettempdir()) / f"cusprun-tests-{worker['testrunuid']}"
+    with name.with_suffix(".turn").open("w") as turn, name.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(turn, fcntl.LOCK_EX)  # whoever waits to be alone holds back those that come after
+        alone = item.get_closest_marker("alone") is not None
+        fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(turn, fcntl.LOCK_UN)
+        return (yield)
 
 
 def write_text(path: Path, sentences: int, seed: int) -> Path:

@@ -105,6 +105,11 @@ def test_report_json(expert: Path) -> None:
     assert {row["side"] for row in report["corpora"]} == {"calibration", "held-out"}
     assert report["method"]["calibration_tokens"] == 2048
     assert (expert / "report" / "report.md").is_file()
+    assert report["samples"]
+    assert all(sample["prompt"] and isinstance(sample["dense"], str) for sample in report["samples"])
+    page = (expert / "report" / "report.html").read_text()
+    assert "Sample answers" in page
+    assert json.loads((expert / "expert.json").read_text())["artifacts"][0]["sha256"] in page
 
 
 def test_calibration_text_is_not_evaluated_on(expert: Path, pico_model: Path) -> None:
@@ -123,7 +128,8 @@ def test_calibration_text_is_not_evaluated_on(expert: Path, pico_model: Path) ->
 def test_the_same_command_keeps_every_stage(expert: Path, pico_model: Path, own_text: Path) -> None:
     before = artifacts(expert)
     done = run("build", "--model", pico_model, "--corpus", own_text, "--out", expert, "--ratio", 0.3, *MEASURED)
-    for stage in ("text", "sensitivity", "prices", "spend", "refit", "model", "gguf.f32", "speed.f32", "quality.f32"):
+    for stage in ("text", "sensitivity", "prices", "spend", "refit", "model", "gguf.f32", "speed.f32", "quality.f32",
+                  "samples.f32"):  # fmt: skip
         assert f"{stage}: done before, kept" in done.stderr
     assert artifacts(expert) == before
     assert "decode" in done.stdout  # the table

@@ -17,6 +17,7 @@ COMMANDS = (
     "export",
     "bench",
     "eval",
+    "report",
     "chat",
     "inspect",
     "corpora list",
@@ -37,7 +38,7 @@ def test_every_command_shows_an_example_of_itself(command: str) -> None:
 
 
 def readme_lines() -> list[str]:
-    found = re.findall(r"cusprun-edge ((?:build|prune|export|bench|eval|chat|inspect)\b[^\n`]*)", README)
+    found = re.findall(r"cusprun-edge ((?:build|prune|export|bench|eval|report|chat|inspect)\b[^\n`]*)", README)
     assert len(found) >= 6
     return found
 
@@ -77,7 +78,11 @@ def test_rooms_import_downward_only() -> None:
     import cusprun.deploy
 
     rooms = {
-        "library": (Path(cusprun.__file__).parent, r"cusprun\.(exporters|deploy|benchmarks)", {"cli.py", "build.py"}),
+        "library": (
+            Path(cusprun.__file__).parent,
+            r"cusprun\.(exporters|deploy|benchmarks)",
+            {"cli.py", "cli_measure.py", "build.py"},
+        ),
         "benchmarks": (Path(cusprun.benchmarks.__file__).parent, r"cusprun\.(deploy|build|cli)\b", set()),
         "deploy": (Path(cusprun.deploy.__file__).parent, r"cusprun\.(benchmarks|build|cli)\b", set()),
     }

@@ -15,7 +15,7 @@ import pytest
 from cusprun.anatomy import describe
 from cusprun.files import sha256_file
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 SCENARIO = ["--lang", "en", "--domain", "legal", "--task", "qa"]
 CONTRACT = Path(__file__).parent / "data" / "contract.txt"
 BUDGET = ["--tokens", "12288", "--eval-tokens", "2048", "--questions", "8", "--repetitions", "3"]

@@ -86,20 +86,6 @@ def test_rows_compete_at_their_price(anatomy: Anatomy) -> None:
     assert kept.rows == anatomy.vocab_size
 
 
-def test_bytes_or_anything_that_adds_up_can_be_the_budget(anatomy: Anatomy) -> None:
-    """A cost that counts FFNs alone leaves attention alone."""
-
-    def channels(sizes: Anatomy) -> float:
-        return float(sum(layer.ffn for layer in sizes.layers))
-
-    found = solve_widths(
-        anatomy, sensitivities(anatomy, [1.0, 0.5, 1.0]), 0.25 * channels(anatomy), align=8, weigh=channels
-    )
-    kept = sum(layer.ffn for layer in found.layers if layer is not None)
-    assert kept / channels(anatomy) == pytest.approx(0.75, abs=0.02)
-    assert all(layer is not None and layer.heads == anatomy.layers[0].heads for layer in found.layers)
-
-
 def test_what_is_too_much_is_refused(anatomy: Anatomy) -> None:
     with pytest.raises(InvalidRequest, match="no choice of widths"):
         solve_widths(anatomy, sensitivities(anatomy, [1.0, 1.0, 1.0]), 0.99 * anatomy.parameters, align=8)

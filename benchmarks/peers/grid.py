@@ -33,7 +33,7 @@ from cusprun.dense import Dense, find_dense
 from cusprun.errors import Failed, InvalidRequest
 from cusprun.files import sha256_file, sha256_tree, write_json
 from cusprun.progress import say
-from cusprun.recipe import make_recipe
+from cusprun.recipe import BUDGET, make_recipe
 from cusprun.stages import VERSIONS
 
 CONTEXT = 512  # tokens of an evaluation window, as llama-perplexity has them
@@ -45,6 +45,7 @@ AFTER_PRUNE = {
     "rounding",
     "tensor_type",
     "measure",
+    "against_quantization",
     "eval_tokens",
     "questions",
     "repetitions",
@@ -52,7 +53,8 @@ AFTER_PRUNE = {
     "name",
     "out",
 }  # fields of the recipe that leave the pruned model as it is, or that the key holds otherwise
-LATER = {"imatrix", "gguf", "onnx", "quality", "questions", "speed"}  # stages that come after the prune
+# Stages that come after the prune.
+LATER = {"imatrix", "gptq", "gguf", "onnx", "quality", "questions", "samples", "speed", "frontier"}
 STAGE_LINE = re.compile(r"^([a-z0-9._]+): (?:done before, kept|[0-9.]+ s)$")
 
 # More to measure of a cell's model: the gauge, the model folder, its calibration windows, the held-out texts.
@@ -240,6 +242,9 @@ class Grid:
         recipe = make_recipe(flags)  # a flag that is left out is the same as its default
         own = [[_sha256(text.path), text.weight] for text in map(parse_own_text, recipe.corpus)]
         contents = {**recipe.model_dump(mode="json", exclude=AFTER_PRUNE), "corpus": own, "combine": recipe.combined}
+        for name in (*BUDGET, "device_profile"):  # where they are not given the key is that of before there were such
+            if contents[name] is None:
+                del contents[name]
         contents["widths"] = recipe.cuts_by if recipe.method == "refit" else None
         apart = LATER if recipe.method == "refit" else LATER | REFIT_ALONE
         versions = {stage: number for stage, number in VERSIONS.items() if stage not in apart}

@@ -82,7 +82,7 @@ def _read_file(path: Path, entry: str, scenario: Scenario) -> Iterator[Document]
     if suffix == ".parquet":
         rows: Iterator[tuple[str, Any]] = _parquet_rows(path)
     elif suffix == ".jsonl":
-        rows = _jsonl_rows(path)
+        rows = jsonl_rows(path)
     else:
         rows = iter([(str(path), {"text": _read_text(path)})])
     for where, row in rows:
@@ -108,13 +108,14 @@ def _read_text(path: Path) -> str:
         raise InvalidRequest(f"{path} is not UTF-8 text ({error}); {', '.join(SUFFIXES)} can be read") from error
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
+def jsonl_rows(path: Path, form: str = f"each line is one of {ROWS}") -> Iterator[tuple[str, Any]]:
+    """Where each line of a file stands, and its value. Raises InvalidRequest, telling ``form``, where it is no JSON."""
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
         if line.strip():
             try:
                 yield f"{path}:{number}", json.loads(line)
             except (json.JSONDecodeError, RecursionError) as error:
-                raise InvalidRequest(f"{path}:{number} is not JSON ({error}); each line is one of {ROWS}") from error
+                raise InvalidRequest(f"{path}:{number} is not JSON ({error}); {form}") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -22,6 +22,7 @@ from cusprun.corpora.parsers import VERSION
 from cusprun.corpora.sampling import dimension_corpora, evaluation_texts, general_text, questions
 from cusprun.errors import InvalidRequest
 from cusprun.files import sha256_file, sha256_tree, written_whole
+from cusprun.recipe import Recipe
 
 GENERAL = "general"
 ASIDE = "aside/"
@@ -43,6 +44,14 @@ class Selection:
     seed: int
     general: float = 0.0  # share of the calibration tokens that is general text of the scenario's language
     weights: Mapping[str, float] = field(default_factory=dict)  # of the dimensions in the rest; 1 where not named
+
+    @classmethod
+    def of(cls, recipe: Recipe, scenario: Scenario, own: tuple[OwnText, ...], dims: Mapping[str, Path]) -> Selection:
+        """What a recipe asks for, whose scenario and files were read."""
+        return cls(
+            scenario, own, dims, recipe.include, recipe.tokens, recipe.window, recipe.questions, recipe.seed,
+            recipe.general, recipe.weights,
+        )  # fmt: skip
 
     def key(self) -> str:
         """Hex sha256 over everything that decides which text comes out: wishes, the user's files, the catalog."""

@@ -76,6 +76,11 @@ class Runtime(Protocol):
     @property
     def has_chat_template(self) -> bool: ...
 
+    @property
+    def cached(self) -> int:
+        """Tokens that the cache holds, as the runtime itself counts them."""
+        ...
+
     def logits(self, tokens: Sequence[int], *, start: int = 0) -> np.ndarray:
         """Next-token logits after each token from position ``start`` on, (len(tokens) - start, n_vocab) float32.
 

@@ -173,6 +173,10 @@ class LlamaCppRuntime:
     def has_chat_template(self) -> bool:
         return bool(self.info.metadata.get("tokenizer.chat_template"))
 
+    @property
+    def cached(self) -> int:
+        return int(llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(self._context), 0)) + 1
+
     def logits(self, tokens: Sequence[int], *, start: int = 0) -> np.ndarray:
         check_length(len(tokens), self.n_context)
         check_start(start, len(tokens))

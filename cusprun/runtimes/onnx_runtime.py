@@ -49,6 +49,11 @@ class OnnxRuntime(FolderTokenizer):
         own = self._tokenizer.eos_token_id
         return self._session.end_tokens | ({own} if own is not None else frozenset())
 
+    @property
+    def cached(self) -> int:
+        assert self._session is not None
+        return self._session.filled
+
     def logits(self, tokens: Sequence[int], *, start: int = 0) -> np.ndarray:
         check_length(len(tokens), self.n_context)
         check_start(start, len(tokens))

@@ -46,6 +46,10 @@ class TorchRuntime(FolderTokenizer):
             found.update(value if isinstance(value, list) else [] if value is None else [value])
         return frozenset(found)
 
+    @property
+    def cached(self) -> int:
+        return int(self._cache.get_seq_length())
+
     def logits(self, tokens: Sequence[int], *, start: int = 0) -> np.ndarray:
         check_length(len(tokens), self.n_context)
         check_start(start, len(tokens))

@@ -8,7 +8,7 @@ from cusprun.vocabulary.merges import close, find_needs, order_removals
 from cusprun.vocabulary.pieces import Pieces, read_pieces
 from cusprun.vocabulary.prices import VocabularyPrices, load_prices, price_vocabulary, set_prices
 from cusprun.vocabulary.splits import SplitCosts, measure_splits
-from cusprun.vocabulary.trim import trim_model
+from cusprun.vocabulary.trim import trim_companions, trim_model
 from cusprun.vocabulary.usage import Usage, count_tokens, expected_rates
 
 __all__ = [
@@ -26,5 +26,6 @@ __all__ = [
     "price_vocabulary",
     "read_pieces",
     "set_prices",
+    "trim_companions",
     "trim_model",
 ]

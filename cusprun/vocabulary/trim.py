@@ -41,29 +41,37 @@ def trim_model(dense: Path, kept: Sequence[int], out: Path) -> np.ndarray:
     InvalidRequest where ``kept`` lacks what has to stay (bytes, special tokens, what the merges of a kept token need)
     or the tokenizer is of a kind that cannot be trimmed.
     """
-    pieces = read_pieces(dense)
     kept = sorted(set(kept))
-    _check(pieces, kept)
-    new = {old: number for number, old in enumerate(kept)}
-    whole, weights, config = describe(dense), Weights(dense), read_config(dense)
+    whole, weights = describe(dense), Weights(dense)
     weights.check(whole)
     trimmed = replace(whole, vocab_size=len(kept))
     shapes = dict(trimmed.tensor_shapes())
     sizes = {name: prod(shape) * ELEMENT_BYTES[weights.dtype(name)] for name, shape in shapes.items()}
+    rows = (whole.family.embedding, whole.family.output)
+    with folder_written_whole(out) as part:
+        trim_companions(dense, kept, part)
+        stream = _sliced(weights, shapes, rows, kept)
+        write_weights(part, track(stream, "trimming the vocabulary", total=len(shapes)), sizes)
+    found = np.full(whole.vocab_size, -1, dtype=np.int64)
+    found[kept] = np.arange(len(kept))
+    return found
+
+
+def trim_companions(dense: Path, kept: Sequence[int], out: Path) -> None:
+    """Writes all of a trimmed model's folder but the weights: config.json, generation settings, the tokenizer.
+
+    ``kept`` ascends. Raises what :func:`trim_model` raises.
+    """
+    pieces, config = read_pieces(dense), read_config(dense)
+    _check(pieces, kept)
+    new = {old: number for number, old in enumerate(kept)}
     noted = {key: value for key, value in (config.get("cusprun") or {}).items() if not key.startswith("source_")}
     config = renumbered({**config, "vocab_size": len(kept)}, new)
     config["cusprun"] = {**noted, "vocabulary": {"kept": len(kept), "of": pieces.rows}}
-    rows = (whole.family.embedding, whole.family.output)
-    with folder_written_whole(out) as part:
-        stream = _sliced(weights, shapes, rows, kept)
-        write_weights(part, track(stream, "trimming the vocabulary", total=len(shapes)), sizes)
-        write_json(part / "config.json", config)
-        if (dense / GENERATION).is_file():
-            write_json(part / GENERATION, renumbered(_read(dense / GENERATION), new))
-        _write_tokenizer(pieces, kept, part)
-    found = np.full(pieces.rows, -1, dtype=np.int64)
-    found[kept] = np.arange(len(kept))
-    return found
+    write_json(out / "config.json", config)
+    if (dense / GENERATION).is_file():
+        write_json(out / GENERATION, renumbered(_read(dense / GENERATION), new))
+    _write_tokenizer(pieces, kept, out)
 
 
 def _check(pieces: Pieces, kept: Sequence[int]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cusprun.exporters.gguf import export_gguf
+from cusprun.exporters.onnx import export_onnx
 from tests import pico
 
 UNICODE = (
@@ -28,6 +29,13 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gguf(folder: Path) -> Path:
     out = folder.parent / "pico-f32.gguf"
     export_gguf(folder, out, "f32")
+    return out
+
+
+@pytest.fixture(scope="session")
+def onnx(folder: Path) -> Path:
+    out = folder.parent / "onnx-int4"
+    export_onnx(folder, out, "int4")
     return out
 
 

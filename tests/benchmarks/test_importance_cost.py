@@ -88,7 +88,7 @@ def test_importance_and_refit_statistics_cost_little_more_than_a_forward_pass() 
     try:
         dense = find_dense("smollm2-135m-instruct")
         model = load_model(dense.folder)
-        windows = np.random.default_rng(0).integers(0, dense.anatomy.vocab_size, size=(16, 512))
+        windows = np.random.default_rng(0).integers(0, dense.anatomy.vocab_size, size=(8, 512))
         forward(model, windows[:1])
         ratios: dict[str, list[float]] = {name: [] for name in PROMISES}
         for _ in range(3):

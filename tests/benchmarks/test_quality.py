@@ -106,6 +106,39 @@ def test_divergence_from_another_model(folder: Path, other: Path, text: str) -> 
     assert 0 <= expert.top1_agreement < 1
 
 
+def test_the_spread_of_the_divergence(folder: Path, other: Path, text: str) -> None:
+    """Percentiles and standard errors of KL by position: transformers in float64, one window after the other."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    pair = evaluate_corpora(folder, {"text": text}, against=other, context=64)["text"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    models: list[Any] = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in (folder, other)]
+    kld, same = [], []
+    for start in range(0, len(ids) - 63, 64):
+        with torch.no_grad():
+            q, p = (
+                torch.log_softmax(model(torch.tensor([ids[start : start + 64]])).logits[0, 32:63], dim=-1)
+                for model in models
+            )
+        kld += (p.exp() * (p - q)).sum(dim=1).tolist()
+        same += (p.argmax(dim=1) == q.argmax(dim=1)).tolist()
+    found = pair.as_json()
+    for name, expected in {
+        "kld_mean": np.mean(kld),
+        "kld_mean_stderr": np.std(kld, ddof=1) / math.sqrt(len(kld)),
+        "kld_p50": np.percentile(kld, 50),
+        "kld_p90": np.percentile(kld, 90),
+        "kld_p99": np.percentile(kld, 99),
+        "kld_max": max(kld),
+        "top1_agreement": np.mean(same),
+        "top1_agreement_stderr": np.std(same, ddof=1) / math.sqrt(len(same)),
+    }.items():
+        assert found[name] == pytest.approx(float(expected), rel=1e-3), name
+    assert "kld_p99" not in evaluate_corpora(folder, {"text": text}, context=64)["text"].as_json()
+
+
 def test_windows() -> None:
     assert windows(range(11), 4, "second-half") == [range(4), range(4, 8)]
     assert windows(range(11), 4, "all") == [range(4), range(4, 8), range(8, 11)]

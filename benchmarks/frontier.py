@@ -1,0 +1,252 @@
+"""The frontier: which artifacts are worth shipping, by quality against bytes, decode speed and memory.
+
+Every artifact is held against one reference, over the same bytes of text, so that whatever their vocabularies and types
+their bits per byte compare. What was measured of an artifact's quality is kept by its content and not measured again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from cusprun.benchmarks.answer_store import artifact_sha256
+from cusprun.benchmarks.cost import cost
+from cusprun.benchmarks.quality import evaluate_corpora, join
+from cusprun.benchmarks.speed import Spread, bench
+from cusprun.benchmarks.tables import Grid
+from cusprun.benchmarks.tally import percent
+from cusprun.corpora.cache import cache_folder
+from cusprun.errors import InvalidRequest
+from cusprun.files import write_json
+from cusprun.progress import say
+
+Kind = Literal["expert", "dense", "given"]
+VERSION = 1  # of what is kept of a measurement
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An artifact to compare."""
+
+    name: str
+    path: Path
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was measured of one artifact."""
+
+    name: str
+    kind: Kind
+    format: str
+    quant: str
+    file_bytes: int
+    parameters: int
+    bits_per_byte: dict[str, float]  # by text: the reference's, times one and the increase
+    increase: dict[str, float]  # of bits per byte over the reference's on the same bytes
+    decode_tps: Spread | None = None
+    prefill_tps: Spread | None = None
+    peak_rss_bytes: int | None = None
+
+    def at(self, axis: str) -> float | None:
+        """Where it lies on an axis, less being better."""
+        if axis == "size":
+            return float(self.file_bytes)
+        if axis == "memory":
+            return None if self.peak_rss_bytes is None else float(self.peak_rss_bytes)
+        return None if self.decode_tps is None else -self.decode_tps.mean
+
+
+SIZE, SPEED, MEMORY = "size", "speed", "memory"
+WORSE = {SIZE: "is no larger", SPEED: "is no slower", MEMORY: "takes no more memory"}
+
+
+def compare(
+    candidates: Sequence[Candidate],
+    texts: Mapping[str, Sequence[str]],
+    *,
+    reference: Path,
+    context: int = 512,
+    max_tokens: int | None = None,
+    repetitions: int | None = 5,
+    threads: int | None = None,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Quality, size and (with ``repetitions``) speed of every candidate, who dominates whom, and that in words.
+
+    ``texts`` are held-out, by name; the first decides. ``reference`` is the artifact that all are held against, such
+    as the dense model in eight bits; windows are cut in its tokens. Raises InvalidRequest where there are fewer than
+    two candidates or two of one name.
+    """
+    names = [one.name for one in candidates]
+    if len(candidates) < 2:
+        raise InvalidRequest(
+            "one artifact makes no frontier: name another, or write --dense for the model it came from"
+        )
+    if len(set(names)) < len(names):
+        raise InvalidRequest(f"two artifacts are called {max(names, key=names.count)}: rename one")
+    settings = {"context": context, "max_tokens": max_tokens, "device": device}
+    hashed = {path: artifact_sha256(path) for path in (reference, *(one.path for one in candidates))}
+    own = _quality(reference, None, hashed, texts, settings, threads)
+    points = []
+    for number, one in enumerate(candidates, 1):
+        say(f"quality of {one.name} ({number} of {len(candidates)})")
+        points.append(_point(one, own, _quality(one.path, reference, hashed, texts, settings, threads)))
+    if repetitions is not None:
+        rows = bench(
+            [one.path for one in candidates], repetitions=repetitions, threads=threads, device=device,
+            kept=cache_folder() / "bench",
+        )  # fmt: skip
+        points = [
+            replace(point, decode_tps=row.decode_tps, prefill_tps=row.prefill_tps, peak_rss_bytes=row.peak_rss_bytes)
+            for point, row in zip(points, rows, strict=True)
+        ]
+    text = next(iter(texts))
+    speed = f"speed: {repetitions} rounds in alternation, pp512 and tg128" if repetitions else "speed not measured"
+    return {
+        "how": f"over the same bytes in windows of {context} tokens, held against {reference.name}; {speed}",
+        "text": text,
+        "texts": list(texts),
+        "rows": [_row(point, points, text) for point in points],
+        "verdicts": verdicts(points, text),
+    }
+
+
+def _quality(
+    path: Path,
+    reference: Path | None,
+    hashed: Mapping[Path, str],
+    texts: Mapping[str, Sequence[str]],
+    settings: Mapping[str, Any],
+    threads: int | None,
+) -> dict[str, float]:
+    """Text -> bits per byte, or with a reference the increase over its; what was measured before is in the cache."""
+    contents = [hashed[path], None if reference is None else hashed[reference]]
+    if contents[0] == contents[1]:
+        return dict.fromkeys(texts, 0.0)
+    values = [VERSION, contents, {name: _digest(text) for name, text in texts.items()}, settings]
+    key = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    store = cache_folder() / "frontier" / f"{key[:32]}.json"
+    if not store.is_file():
+        pairs = evaluate_corpora(path, texts, against=reference, special=True, threads=threads, **settings)
+        found = {name: pair.artifact.bits_per_byte for name, pair in pairs.items()}
+        if reference is not None:
+            found = {name: pair.artifact.bits_per_byte / pair.against.bits_per_byte - 1
+                     for name, pair in pairs.items() if pair.against is not None}  # fmt: skip
+        write_json(store, found)
+    kept: dict[str, float] = json.loads(store.read_text(encoding="utf-8"))
+    return kept
+
+
+def _digest(text: Sequence[str]) -> str:
+    return hashlib.sha256(join(text).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _point(one: Candidate, reference: Mapping[str, float], increase: Mapping[str, float]) -> Point:
+    price = cost(one.path)
+    return Point(
+        name=one.name,
+        kind=one.kind,
+        format=price.format,
+        quant=price.quant,
+        file_bytes=price.file_bytes,
+        parameters=price.parameters,
+        bits_per_byte={name: reference[name] * (1 + share) for name, share in increase.items()},
+        increase=dict(increase),
+    )
+
+
+def dominating(point: Point, points: Sequence[Point], text: str, *axes: str) -> Point | None:
+    """The best of those that are no worse than ``point`` in bits per byte and on all ``axes``, and better in one.
+
+    Axes on which either was not measured do not count.
+    """
+    better = []
+    for other in points:
+        pairs = [(other.at(axis), point.at(axis)) for axis in axes]
+        known = [(there, own) for there, own in pairs if there is not None and own is not None]
+        if other is point or not known:
+            continue
+        known.append((other.increase[text], point.increase[text]))
+        if all(there <= own for there, own in known) and any(there < own for there, own in known):
+            better.append(other)
+    return min(better, key=lambda other: other.increase[text], default=None)
+
+
+def _row(point: Point, points: Sequence[Point], text: str) -> dict[str, Any]:
+    by = {axis: found.name for axis in WORSE if (found := dominating(point, points, text, axis)) is not None}
+    return {
+        **asdict(point),
+        "dominated": dominating(point, points, text, *WORSE) is not None,
+        "dominated_by": by,
+        "remark": remark(point, points, text),
+    }
+
+
+def remark(point: Point, points: Sequence[Point], text: str) -> str:
+    """Whether something else is better all round, or by which measure it is worth having."""
+    if (better := dominating(point, points, text, *WORSE)) is not None:
+        return f"dominated by {better.name}"
+    by = {axis: dominating(point, points, text, axis) for axis in WORSE if point.at(axis) is not None}
+    lost = [f"in {axis} by {other.name}" for axis, other in by.items() if other is not None]
+    return "on the frontier" + (f"; dominated {' and '.join(lost)}" if lost else "")
+
+
+def verdicts(points: Sequence[Point], text: str) -> list[str]:
+    """Every expert beside what dominates it, in words."""
+    said = []
+    for point in points:
+        if point.kind != "expert":
+            continue
+        for axis, words in WORSE.items():
+            if point.at(axis) is None:
+                continue
+            other = dominating(point, points, text, axis)
+            if other is None:
+                said.append(f"{point.name}: nothing here that {words} loses as little on {text}.")
+            else:
+                said.append(
+                    f"{point.name} is dominated in {axis}: {other.name} has {_beside(other, point, axis)}, and its "
+                    f"bits per byte on {text} are {percent(other.increase[text])} over the reference's, not "
+                    f"{percent(point.increase[text])}."
+                )
+    return said
+
+
+def _beside(other: Point, point: Point, axis: str) -> str:
+    if axis == SIZE:
+        return f"{other.file_bytes / 1e6:.1f} MB instead of {point.file_bytes / 1e6:.1f}"
+    if axis == MEMORY:
+        assert other.peak_rss_bytes is not None
+        assert point.peak_rss_bytes is not None
+        return f"{other.peak_rss_bytes / 1e6:.0f} MB of memory instead of {point.peak_rss_bytes / 1e6:.0f}"
+    assert other.decode_tps is not None
+    assert point.decode_tps is not None
+    return f"{other.decode_tps.mean:.1f} tokens/s instead of {point.decode_tps.mean:.1f}"
+
+
+def frontier_table(found: Mapping[str, Any]) -> Grid:
+    """What :func:`compare` found, smallest first."""
+    text = found["text"]
+    headers = ("", "file\nMB", f"{text}\nbits/byte", "over\nreference", "decode\ntok/s", "RSS\nMB", "dominated")
+    lines = []
+    for row in sorted(found["rows"], key=lambda row: row["file_bytes"]):
+        decode, memory = row["decode_tps"], row["peak_rss_bytes"]
+        lines.append(
+            (
+                row["name"],
+                f"{row['file_bytes'] / 1e6:.1f}",
+                f"{row['bits_per_byte'][text]:.4f}",
+                percent(row["increase"][text]),
+                "" if decode is None else f"{decode['mean']:.1f} ± {decode['sd']:.1f}",
+                "" if memory is None else f"{memory / 1e6:.0f}",
+                "yes" if row["dominated"] else "no",
+            )
+        )
+    note = "; dominated: another is no worse in anything here and better in something"
+    return Grid("Frontier", headers, tuple(lines), "\n".join([found["how"] + note, *found["verdicts"]]))

@@ -1,0 +1,129 @@
+"""The verdict in three sentences: what was bought, what it costs, whether to ship it; from the figures alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cusprun.benchmarks.report_page.frontier import MB, Frontier, Row
+from cusprun.benchmarks.report_page.intervals import ratio_interval
+from cusprun.benchmarks.tally import percent
+
+SIGNIFICANT = 0.05
+
+
+def verdict(report: Mapping[str, Any], frontier: Frontier | None, row: Row | None) -> tuple[str, str, str]:
+    """Three sentences; ``row`` is the expert's own in ``frontier``."""
+    return bought(report["speed"]), paid(report), shipping(report, frontier, row)
+
+
+def bought(speed: Mapping[str, Any]) -> str:
+    """Bytes and decoding speed, with the interval of the paired runs."""
+    expert, dense = speed["expert"], speed["dense"]
+    share = speed["ratios"]["file_bytes"]["exact"] - 1
+    size = f"{abs(share):.1%} {'smaller' if share < 0 else 'larger'} than" if share else "as large as"
+    file = (
+        f"The expert's file has {expert['file_bytes'] / MB:.1f} MB, {size} the dense model's in {dense['quant']} "
+        f"({dense['file_bytes'] / MB:.1f} MB)"
+    )
+    means = f"{expert['decode_tps']['mean']:.1f} tokens/s against {dense['decode_tps']['mean']:.1f}"
+    ratio = f"{speed['ratios']['decode_tps']['median_of_pairs']:.2f}×"
+    interval = ratio_interval(
+        expert.get("samples", {}).get("decode_tps", []), dense.get("samples", {}).get("decode_tps", [])
+    )
+    if interval is None:
+        n = expert["decode_tps"]["n"]
+        return f"{file}, and it decodes {means} ({ratio}, of {n} runs each: too few for an interval)."
+    shown = f"95 % interval {interval[0]:.2f} to {interval[1]:.2f}, {expert['decode_tps']['n']} paired runs"
+    if interval[0] <= 1 <= interval[1]:
+        return f"{file}; a difference in decoding speed is not shown: {means} ({ratio}, {shown})."
+    return f"{file}, and it decodes {'faster' if interval[0] > 1 else 'slower'}: {means} ({ratio}, {shown})."
+
+
+def paid(report: Mapping[str, Any]) -> str:
+    """Bits per byte on every text, and multiple choice with what chance and a constant answer would give."""
+    corpora = {name: entry for name, entry in report["quality"]["corpora"].items() if entry.get("dense")}
+    if corpora:
+        each = [f"{percent(entry['bits_per_byte_increase'])} on {name}" for name, entry in corpora.items()]
+        text = f"Bits per byte of held-out text change by {_listed(each)}"
+    else:
+        text = "What it costs on held-out text was not measured"
+    sets = report["tasks"]["sets"]
+    return f"{text}; " + ("; ".join(_answers(sets[name]) for name in sets) if sets else "no questions were asked") + "."
+
+
+def shipping(report: Mapping[str, Any], frontier: Frontier | None, row: Row | None) -> str:
+    """Beside the other files of the frontier, or that nobody compared."""
+    if frontier is None:
+        quant = report["speed"]["dense"]["quant"]
+        return (
+            f"Whether to ship it is open: it was held against the dense model in {quant} alone and not in harder "
+            "quantization, in which it may be smaller and lose less; `cusprun-edge compare` measures that."
+        )
+    others = len(frontier.rows) - 1
+    if row is None or others < 1:
+        return "Whether to ship it is open: the comparison does not hold this file; `cusprun-edge compare` measures it."
+    timed = row.tps is not None and all(other.tps is not None for other in frontier.rows)
+    better = frontier.dominating(row)
+    figures = f"as small, {'as fast ' if timed else ''}and as good on {frontier.text}"
+    if frontier.dominated(row):
+        named = _listed([_figures(other, frontier.text) for other in better]) if better else row.remark
+        return f"On these figures do not ship it: {named} {'are each' if len(better) > 1 else 'is'} at least {figures}."
+    aside = [
+        other for other in frontier.rows
+        if other is not row and other.bytes < row.bytes and _bits(other, frontier) < _bits(row, frontier)
+    ]  # fmt: skip
+    files = "the one other file" if others == 1 else f"any of the {others} other files"
+    sentence = f"It is not dominated by {files} compared: none is at once {figures}"
+    if aside:
+        named = _listed([_figures(other, frontier.text) for other in aside])
+        sentence += (
+            f", though {named} {'are' if len(aside) > 1 else 'is'} smaller and lose{'' if len(aside) > 1 else 's'} less"
+        )
+    if not any(other.kind == "dense" and other.bytes < row.bytes for other in frontier.rows):
+        sentence += "; no dense file as small as it was among them (`cusprun-edge compare` measures such)"
+    return sentence + "."
+
+
+def _answers(entry: Mapping[str, Any]) -> str:
+    expert, dense, paired = entry["expert"], entry["dense"], entry["paired"]
+    constant = expert["constant_answer_accuracy"]
+    if expert["accuracy"] == dense["accuracy"]:
+        chance = "no difference"
+    elif paired["p_value"] >= SIGNIFICANT:
+        chance = "a difference within chance"
+    else:
+        chance = "a difference beyond chance"
+    right = (
+        f"of {expert['n']} questions it answers {_scored(expert)} right and dense {_scored(dense)}, {chance} "
+        f"(p {_p(paired['p_value'])}; scored per byte p {_p(entry['paired_normalised']['p_value'])})"
+    )
+    bounds = {who: entry[who]["interval"] for who in ("dense", "expert")}
+    within = [who for who, (low, high) in bounds.items() if low <= constant]
+    if len(within) == 2:
+        return f"{right}, and neither is shown to beat a constant answer's {constant:.1%}"
+    if within:
+        return f"{right}, and {within[0]} is not shown to beat a constant answer's {constant:.1%}"
+    return f"{right}; a constant answer gets {constant:.1%}"
+
+
+def _scored(result: Mapping[str, Any]) -> str:
+    low, high = result["interval"]
+    return f"{result['accuracy']:.1%} [{low:.0%}, {high:.0%}]"
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"= {value:.{2 if value >= 0.01 else 3}f}"
+
+
+def _figures(row: Row, text: str) -> str:
+    speed = f", {row.tps['mean']:.0f} tokens/s" if row.tps is not None else ""
+    return f"{row.name} in {row.type} ({row.bytes / MB:.1f} MB, {row.bits[text]:.3f} bits per byte{speed})"
+
+
+def _bits(row: Row, frontier: Frontier) -> float:
+    return row.bits.get(frontier.text, float("inf"))
+
+
+def _listed(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

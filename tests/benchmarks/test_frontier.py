@@ -1,0 +1,132 @@
+"""The frontier: who dominates whom, in figures and in words; one command over artifacts of all kinds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cusprun.benchmarks.contenders import compare_artifacts, find_candidates
+from cusprun.benchmarks.frontier import Point, compare, dominating, frontier_table, remark, verdicts
+from cusprun.benchmarks.quality import evaluate
+from cusprun.benchmarks.speed import Spread
+from cusprun.errors import InvalidRequest
+from cusprun.exporters.gguf import export_gguf
+from cusprun.exporters.onnx import export_onnx
+
+
+def point(name: str, size: int, loss: float, speed: float | None = None, kind: str = "dense") -> Point:
+    spread = None if speed is None else Spread(speed, 0.1, 5)
+    memory = None if speed is None else size
+    return Point(name, kind, "gguf", "q8_0", size, 1, {"t": 1 + loss}, {"t": loss}, spread, spread, memory)  # type: ignore[arg-type]
+
+
+def test_who_dominates_is_who_is_no_worse_in_both_and_better_in_one() -> None:
+    chance = np.random.default_rng(0)
+    points = [
+        point(str(number), int(chance.integers(1, 8)), float(chance.integers(1, 8)) / 10, float(chance.integers(1, 8)))
+        for number in range(40)
+    ]
+    for one in points:
+        for axis in ("size", "speed", "memory"):
+            place = one.at(axis)
+            assert place is not None
+            beaten = any(
+                (there := other.at(axis)) is not None
+                and there <= place
+                and other.increase["t"] <= one.increase["t"]
+                and (there, other.increase["t"]) != (place, one.increase["t"])
+                for other in points
+            )
+            found = dominating(one, points, "t", axis)
+            assert (found is not None) == beaten
+            assert found is None or found.increase["t"] <= one.increase["t"]
+
+
+def test_the_words_say_by_what_an_expert_is_dominated() -> None:
+    points = [
+        point("dense q8_0", 100, 0.0, 50),
+        point("dense q4_0", 60, 0.05, 70),
+        point("expert q8_0", 75, 0.10, 90, "expert"),
+        point("expert q4_0", 45, 0.12, 95, "expert"),
+        point("bad", 101, 0.2, 10, "expert"),
+    ]
+    assert [remark(one, points, "t") for one in points] == [
+        "on the frontier",
+        "on the frontier",
+        "on the frontier; dominated in size by dense q4_0 and in memory by dense q4_0",
+        "on the frontier",
+        "dominated by dense q8_0",
+    ]
+    said = verdicts(points, "t")
+    assert len(said) == 9
+    assert said[0].startswith(
+        "expert q8_0 is dominated in size: dense q4_0 has 0.0 MB instead of 0.0, and its bits per"
+    )
+    assert "expert q8_0: nothing here that is no slower loses as little on t." in said
+    assert "expert q4_0: nothing here that takes no more memory loses as little on t." in said
+    assert not [line for line in said if line.startswith("dense")]
+
+
+def test_artifacts_of_all_kinds_are_compared_over_the_same_bytes(
+    folder: Path, gguf: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUSPRUN_CACHE", str(tmp_path / "cache"))
+    for quant in ("q8_0", "q4_0"):
+        export_gguf(folder, tmp_path / f"{quant}.gguf", quant)
+    export_onnx(folder, tmp_path / "onnx", "fp32")
+    candidates, experts = find_candidates([gguf, tmp_path / "q8_0.gguf", tmp_path / "q4_0.gguf", tmp_path / "onnx"])
+    assert not experts
+    found = compare(candidates, {"t": [text]}, reference=gguf, context=64, repetitions=None)
+    rows = {row["name"]: row for row in found["rows"]}
+    own = evaluate(gguf, text, context=64, special=True)
+    assert rows[gguf.stem]["increase"] == {"t": 0.0}
+    assert rows[gguf.stem]["bits_per_byte"]["t"] == pytest.approx(own.bits_per_byte)
+    assert rows["onnx"]["bits_per_byte"]["t"] == pytest.approx(own.bits_per_byte, rel=1e-4)
+    assert rows["q4_0"]["file_bytes"] == (tmp_path / "q4_0.gguf").stat().st_size
+    assert rows["q4_0"]["decode_tps"] is None
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "frontier").iterdir()}
+    assert len(kept) == 4
+    assert compare(candidates, {"t": [text]}, reference=gguf, context=64, repetitions=None) == found
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "frontier").iterdir()} == kept
+    assert frontier_table(found).rows[0][0] == "q4_0"
+
+
+def test_speed_and_memory_join(folder: Path, gguf: Path, text: str, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text(text * 8)
+    export_gguf(folder, tmp_path / "q8_0.gguf", "q8_0")
+    found = compare_artifacts(
+        [gguf, tmp_path / "q8_0.gguf"], text=tmp_path / "t.txt", eval_tokens=1024, repetitions=2, threads=1
+    )
+    assert found["text"] == "t"
+    assert all(row["decode_tps"]["n"] == 2 and row["peak_rss_bytes"] > 0 for row in found["rows"])
+
+
+def test_what_cannot_be_compared_is_told_together(gguf: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"no expert is among them, whose held-out text"):
+        compare_artifacts([gguf, gguf])
+    with pytest.raises(InvalidRequest) as error:
+        compare_artifacts([gguf], smaller=["other"])
+    assert len(str(error.value).splitlines()) == 2
+    (tmp_path / "t.txt").write_text("words " * 5000)
+    with pytest.raises(InvalidRequest, match="makes no frontier"):
+        compare_artifacts([gguf], text=tmp_path / "t.txt")
+    with pytest.raises(InvalidRequest, match="two artifacts are called"):
+        compare_artifacts([gguf, gguf], text=tmp_path / "t.txt")
+    with pytest.raises(InvalidRequest, match="quantization 'q99' is unknown"):
+        compare_artifacts([gguf], text=tmp_path / "t.txt", quants=["q99"])
+    (tmp_path / "expert").mkdir()
+    (tmp_path / "expert" / "expert.json").write_text(json.dumps({"name": "e"}))
+    with pytest.raises(InvalidRequest) as error:
+        find_candidates([tmp_path / "none", tmp_path / "expert"])
+    assert "is no model folder" in str(error.value)
+    assert "is no expert that a build left" in str(error.value)
+
+
+def test_artifacts_outside_the_expert_are_not_opened(gguf: Path, tmp_path: Path) -> None:
+    card = {"name": "e", "base": {"id": "m"}, "artifacts": [{"path": str(gguf), "quant": "f32"}]}
+    (tmp_path / "expert.json").write_text(json.dumps(card))
+    with pytest.raises(InvalidRequest, match="which is not there"):
+        find_candidates([tmp_path])
