@@ -1,0 +1,81 @@
+"""The expert that is shipped: its folder read and checked once, for whatever target takes it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cusprun.errors import InvalidRequest
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One export of the expert: a .gguf file, or the folder of an ONNX model."""
+
+    path: Path
+    format: str  # "gguf" or "onnx"
+    quant: str
+    bytes: int
+    sha256: str  # of the file, or of the tree (cusprun.files.sha256_tree)
+
+
+@dataclass(frozen=True)
+class Expert:
+    """What `cusprun-edge build` left: expert.json, the model folder, the artifacts, the measurements."""
+
+    folder: Path
+    name: str
+    card: dict[str, Any]  # expert.json
+    report: dict[str, Any] | None  # report/report.json, where it was measured
+    model: Path  # Hugging Face folder: config, tokenizer, chat template
+    artifacts: tuple[Artifact, ...]
+
+    def of(self, format: str, quant: str | None = None) -> Artifact:
+        """The artifact of a format, of the type ``quant`` or else the first listed. Raises InvalidRequest."""
+        found = [one for one in self.artifacts if one.format == format and quant in (None, one.quant)]
+        if not found:
+            there = ", ".join(f"{one.format} {one.quant}" for one in self.artifacts) or "no artifact"
+            wanted = f"{format} {quant}" if quant else format
+            raise InvalidRequest(
+                f"{self.folder} has {there} and not {wanted}: build it with --format {format}"
+                + (f" --quant {quant}" if quant else "")
+            )
+        return found[0]
+
+
+def read_expert(folder: Path) -> Expert:
+    """Reads an expert's folder.
+
+    Raises InvalidRequest where it is none, where expert.json is damaged, or where an artifact it lists is missing,
+    lies outside the folder, or has another size.
+    """
+    path = folder / "expert.json"
+    if not path.is_file():
+        raise InvalidRequest(
+            f"{folder} is no expert: it has no expert.json; name the folder that `cusprun-edge build --out` wrote"
+        )
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+        name = str(card["name"])
+        artifacts = tuple(_artifact(folder, entry) for entry in card["artifacts"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidRequest(f"{path} is damaged: {error!r}; build the expert again") from error
+    report = folder / "report" / "report.json"
+    if not (folder / "model" / "config.json").is_file():
+        raise InvalidRequest(f"{folder} has no model/config.json: build the expert again")
+    try:
+        measured = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None
+    except ValueError as error:
+        raise InvalidRequest(f"{report} is damaged: {error}; build the expert again") from error
+    return Expert(folder, name, card, measured, folder / "model", artifacts)
+
+
+def _artifact(folder: Path, entry: dict[str, Any]) -> Artifact:
+    path = folder / str(entry["path"])
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise InvalidRequest(f"expert.json lists {entry['path']}, which lies outside {folder}: build the expert again")
+    if not path.exists():
+        raise InvalidRequest(f"expert.json lists {entry['path']}, which is not there: build the expert again")
+    return Artifact(path, str(entry["format"]), str(entry["quant"]), int(entry["bytes"]), str(entry["sha256"]))
