@@ -19,6 +19,7 @@ ROWS: dict[Cpu, dict[str, int]] = {
     "avx2": {"Q4_0": 8, "IQ4_NL": 8, "MXFP4": 8, "Q4_K": 8},
 }
 EMBEDDING = "token_embd.weight"
+VOCABULARY = (EMBEDDING, "output.weight")  # what has a row for each token
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from cusprun.formats import DEFAULTS, format_of
 if TYPE_CHECKING:
     import jinja2
 
+    from cusprun.exporters.gguf_repack import Repacked
+
 TEMPLATES = Path(__file__).with_name("phone_templates")
 MOST = 512 * 10**6  # bytes of a file: what an app's packaging and a phone's file systems take without trouble
 CONTEXT = 2048  # tokens of a conversation, where the model has as many: the cache of a phone's memory
@@ -76,7 +78,10 @@ def gather(expert: Expert, files: Files, wish: Wish, most: int = MOST) -> Notes:
 
 def _choose(expert: Expert, wish: Wish) -> dict[str, Artifact]:
     """The artifact of each format that goes into the bundle."""
-    asked = {format_of(quant): quant for quant in (wish.quant or "").split(",") if quant}
+    quants = [quant for quant in (wish.quant or "").split(",") if quant]
+    asked = {format_of(quant): quant for quant in quants}
+    if len(asked) < len(quants):
+        raise InvalidRequest(f"--quant {wish.quant}: name one type of each format")
     formats = [part for part in (wish.format or "").split(",") if part] or list(DEFAULTS)
     for format in [*formats, *asked]:
         if format not in DEFAULTS:
@@ -130,15 +135,34 @@ def _scratch(files: Files) -> Path:
 
 def _gguf(artifact: Artifact, names: Names, scratch: Path, most: int) -> dict[str, Any]:
     """What the templates say of the GGUF, which gets the expert's name and parts where it is larger than ``most``."""
+    from cusprun.exporters.gguf_repack import repacked
     from cusprun.exporters.gguf_split import split_gguf
+    from cusprun.runtimes.gguf_header import load_metadata
 
     name = f"{names.slug}-{artifact.quant}.gguf"
     if artifact.path.stat().st_size <= most:
         parts = [_shipped(name, artifact.path)]
     else:
         parts = [_shipped(part.name, part) for part in split_gguf(artifact.path, scratch / name, most)]
-    share = arm_repack(artifact.path)
-    return {"gguf_files": parts, "gguf_quant": artifact.quant, "share": share, "little": share < LITTLE}
+    found = repacked(load_metadata(artifact.path))
+    return {"gguf_files": parts, "gguf_quant": artifact.quant, "share": found.share, "better": _better(found)}
+
+
+def _better(found: Repacked) -> str:
+    """Flags of a build of which more is repacked, in words; empty where that is hardly possible."""
+    from cusprun.exporters.gguf_repack import ROWS, VOCABULARY
+
+    if found.share >= LITTLE:
+        return ""
+    flags = {
+        "`--quant q4_0`"
+        if tensor.type not in ROWS["arm"]
+        else "a `--vocab` that is a multiple of 8"
+        if tensor.name in VOCABULARY
+        else "`--align 32`"
+        for tensor in found.left
+    }
+    return " and ".join(sorted(flags))
 
 
 def _onnx(artifact: Artifact, model: Path, scratch: Path, most: int) -> dict[str, Any]:

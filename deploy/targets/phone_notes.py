@@ -1,4 +1,4 @@
-"""What the receiver of a phone's bundle is told: versions that the samples are pinned to, and what was not built or run."""
+"""What a phone's bundle says of itself: versions that the samples are pinned to, and what was not built or run."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ NEEDS = {
 # Each with the check that stood in for it; all of them are in tests/deploy/test_phone*.py.
 UNPROVEN = {
     "gguf": (
-        "react-native/ was not built and ran on no phone. Instead, in the tests of the program that made this bundle: its "
-        f"TypeScript compiles in strict mode against the types of llama.rn {VERSIONS['llama_rn']}, React Native "
-        f"{VERSIONS['react_native']} and Expo {VERSIONS['expo']}, its JSON parses, bring-model.mjs runs under Node.js, and "
-        "llama.cpp opens the file and answers on a desktop processor.",
-        "termux/run.sh was not run in Termux. Instead: shellcheck finds nothing, and up to the start of llama.cpp it runs "
-        "under Debian's sh.",
+        "react-native/ was not built and ran on no phone. Instead, in the tests of the program that made this bundle: "
+        f"its TypeScript compiles in strict mode against the types of llama.rn {VERSIONS['llama_rn']}, React Native "
+        f"{VERSIONS['react_native']} and Expo {VERSIONS['expo']}, its JSON parses, bring-model.mjs runs under Node.js, "
+        "and llama.cpp opens the file and answers on a desktop processor.",
+        "termux/run.sh was not run in Termux. Instead: shellcheck finds nothing, and up to the start of llama.cpp it "
+        "runs under Debian's sh.",
         "No speed was measured on a phone. What is repacked for ARM was read from the file by the rules of llama.cpp.",
     ),
     "onnx": (
-        "android/ was not built and ran on no phone. Instead, in the tests of the program that made this bundle: its Gradle "
-        "and Kotlin files parse without an error, its XML parses, and the calls that the app makes give an answer from "
-        f"Python, with onnxruntime-genai {VERSIONS['genai']} on a desktop processor.",
+        "android/ was not built and ran on no phone. Instead, in the tests of the program that made this bundle: its "
+        "Gradle and Kotlin files parse without an error, its XML parses, and the calls that the app makes give an "
+        f"answer from Python, with onnxruntime-genai {VERSIONS['genai']} on a desktop processor.",
         f"onnxruntime-genai-android-{VERSIONS['genai']}.aar and the Maven artifact onnxruntime-android "
-        f"{VERSIONS['onnxruntime']} were not at hand: names, versions and Java classes are those of the projects' published "
-        "sources.",
+        f"{VERSIONS['onnxruntime']} were not at hand: names, versions and Java classes are those of the projects' "
+        "published sources.",
     ),
 }

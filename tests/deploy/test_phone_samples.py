@@ -1,0 +1,289 @@
+"""The sample projects, as far as they can be held against anything here: parsers, compilers, and what runs without a phone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import tree_sitter
+import tree_sitter_kotlin
+
+from cusprun.deploy.expert import Expert
+from cusprun.deploy.targets.phone_names import LONGEST, kotlin, names_of, typescript
+from cusprun.deploy.targets.phone_notes import VERSIONS
+from tests.deploy.phone_bundle import NAME, make_expert, write_bundle
+
+HOSTILE = [
+    "x",
+    "class",
+    "135m",
+    "SmolLM2-135M.Instruct_en",
+    "../../etc/passwd",
+    "$(reboot) `id` ${HOME} $x",
+    "'; rm -rf / #",
+    'a"b\\c"""d</string><!-- ]]> & %1$s',
+    "@string/ask",
+    "{{ 7*7 }}{% raw %}",
+    "line\nbreak\ttab\f\x00\u202eend",
+    "法律の質問",
+    "🙂",
+    "  ",
+    "-",
+    "a" * 300,
+]
+NODE, JAVA = shutil.which("node"), shutil.which("java")
+PACKAGES = {
+    "llama.rn": "llama_rn", "react-native": "react_native", "react": "react", "@types/react": "types_react",
+    "typescript": "typescript", "expo": "expo", "expo-asset": "expo_asset", "expo-file-system": "expo_file_system",
+}  # fmt: skip
+
+# onnxruntime-genai's Java classes as its published sources declare them, as far as Expert.kt calls them.
+GENAI = {
+    "class GenAIException extends Exception": "",
+    "final class Sequences implements AutoCloseable": "public void close() {}",
+    "final class Model implements AutoCloseable": """
+        public Model(String modelPath) throws GenAIException {}
+        public void close() {}""",
+    "class TokenizerStream implements AutoCloseable": """
+        public String decode(int token) throws GenAIException { return ""; }
+        public void close() {}""",
+    "class Tokenizer implements AutoCloseable": """
+        public Tokenizer(Model model) throws GenAIException {}
+        public Sequences encode(String string) throws GenAIException { return null; }
+        public TokenizerStream createStream() throws GenAIException { return null; }
+        public void close() {}""",
+    "final class GeneratorParams implements AutoCloseable": """
+        public GeneratorParams(Model model) throws GenAIException {}
+        public void setSearchOption(String optionName, double value) throws GenAIException {}
+        public void setSearchOption(String optionName, boolean value) throws GenAIException {}
+        public void close() {}""",
+    "final class Generator implements AutoCloseable, Iterable<Integer>": """
+        public Generator(Model model, GeneratorParams generatorParams) throws GenAIException {}
+        public java.util.Iterator<Integer> iterator() { return null; }
+        public boolean isDone() { return true; }
+        public void appendTokenSequences(Sequences sequences) throws GenAIException {}
+        public void generateNextToken() throws GenAIException {}
+        public int getLastTokenInSequence(long sequenceIndex) throws GenAIException { return 0; }
+        public void close() {}""",
+}
+INSTALL = """
+import {package}.installModel
+import java.io.File
+
+fun main(folders: Array<String>) = installModel(File(folders[1])) {{ name -> File(folders[0], name).inputStream() }}
+"""
+
+
+@pytest.fixture(scope="module")
+def expert(tmp_path_factory: pytest.TempPathFactory) -> Expert:
+    return make_expert(tmp_path_factory.mktemp("expert"))
+
+
+@pytest.fixture
+def bundle(expert: Expert, tmp_path: Path) -> Path:
+    write_bundle(expert, tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def mistakes(source: bytes) -> list[str]:
+    """The lines of Kotlin that do not parse."""
+    parser = tree_sitter.Parser(tree_sitter.Language(tree_sitter_kotlin.language()))
+
+    def broken(node: tree_sitter.Node) -> Iterator[str]:
+        if node.is_error or node.is_missing:
+            yield f"line {node.start_point.row + 1}"
+        for child in node.children:
+            yield from broken(child)
+
+    return list(broken(parser.parse(source).root_node))
+
+
+@pytest.mark.parametrize("name", [NAME, *HOSTILE])
+def test_everything_parses_whatever_the_experts_name(expert: Expert, tmp_path: Path, name: str) -> None:
+    write_bundle(expert, tmp_path, name=name)
+    names = names_of(name)
+    sources = sorted((tmp_path / "android").rglob("*.kt*"))
+    assert len(sources) == 6
+    for path in sources:
+        assert mistakes(path.read_bytes()) == [], path
+    main = tmp_path / "android" / "app" / "src" / "main"
+    assert {path.parent for path in main.rglob("*.kt")} == {main / "java" / names.package_path}
+    assert f"package {names.package}\n" in (main / "java" / names.package_path / "Expert.kt").read_text()
+    strings = ElementTree.parse(main / "res" / "values" / "strings.xml").getroot()
+    label = strings.findtext("string[@name='app_name']")
+    assert label is not None
+    assert re.sub(r"\\(.)", r"\1", label) == names.label
+    assert not re.search(r"""(?<!\\)['"@]""", label)
+    app = json.loads((tmp_path / "react-native" / "app.json").read_text())["expo"]
+    assert app["name"] == names.label
+    assert json.loads((tmp_path / "react-native" / "package.json").read_text())["name"] == app["slug"] == names.slug
+    subprocess.run(["sh", "-n", tmp_path / "termux" / "run.sh"], check=True)
+    for path in tmp_path.rglob("*"):
+        assert re.fullmatch(r"[A-Za-z0-9._-]+", path.name)
+
+
+def test_the_manifest_asks_for_no_permission(bundle: Path) -> None:
+    manifest = ElementTree.parse(bundle / "android" / "app" / "src" / "main" / "AndroidManifest.xml").getroot()
+    tools, android = "{http://schemas.android.com/tools}", "{http://schemas.android.com/apk/res/android}"
+    asked = {entry.get(f"{android}name"): entry.get(f"{tools}node") for entry in manifest.iter("uses-permission")}
+    assert asked == {"android.permission.INTERNET": "remove", "android.permission.ACCESS_NETWORK_STATE": "remove"}
+    (provider,) = manifest.iter("provider")
+    assert provider.get(f"{tools}node") == "remove"
+
+
+@pytest.mark.parametrize(("old", "new"), [("fun stop() {", "fun stop( {"), ('"max_length"', '"max_length')])
+def test_kotlin_that_is_broken_is_found(bundle: Path, old: str, new: str) -> None:
+    (path,) = bundle.rglob("Expert.kt")
+    text = path.read_text()
+    assert old in text
+    assert mistakes(text.replace(old, new, 1).encode())
+
+
+def test_no_two_names_share_a_package() -> None:
+    names = [*HOSTILE, NAME, "Pico-Legal", "pico.legal", "pico_legal", "expert-x", "expert--x", "a" * 299, "法律", "質問"]
+    found = [names_of(name) for name in names]
+    for one in ("package", "bundle_id", "slug"):
+        assert len({getattr(each, one) for each in found}) == len(names)
+    for each in found:
+        assert re.fullmatch(r"org\.cusprun\.[a-z][a-z0-9]*_[a-z0-9_]+", each.package)  # an underscore: no keyword
+        assert re.fullmatch(r"[a-z0-9][a-z0-9-]*", each.slug)
+        assert len(each.slug) <= LONGEST
+        assert each.label.isprintable()
+        assert each.label
+
+
+def test_literals_read_back() -> None:
+    for name in HOSTILE:
+        assert json.loads(typescript(name)) == name
+        assert json.loads(kotlin(name).replace("\\$", "$")) == name
+        assert not re.search(r"(?<!\\)\$", kotlin(name))
+
+
+def run_sh(bundle: Path, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """termux/run.sh where there is neither llama.cpp nor pkg, from another folder."""
+    tools = tmp_path / "tools"
+    tools.mkdir(exist_ok=True)
+    for tool in ("sh", "dirname", "sha256sum"):
+        found = shutil.which(tool)
+        assert found
+        if not (tools / tool).exists():
+            (tools / tool).symlink_to(found)
+    script = ["sh", str(bundle / "termux" / "run.sh"), *arguments]
+    return subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, env={"PATH": str(tools)}, timeout=30)
+
+
+def test_the_termux_script_checks_the_model_first(bundle: Path, tmp_path: Path) -> None:
+    unknown = run_sh(bundle, tmp_path, "dance")
+    assert (unknown.returncode, unknown.stderr) == (2, "unknown: dance; write chat, or serve [PORT]\n")
+    missing = run_sh(bundle, tmp_path)
+    assert missing.returncode == 1
+    assert missing.stderr == "llama-cli is missing and this is not Termux: install llama.cpp\n"
+    (gguf,) = (bundle / "gguf").iterdir()
+    gguf.write_bytes(gguf.read_bytes()[:-1] + b"?")
+    damaged = run_sh(bundle, tmp_path, "serve")
+    assert damaged.returncode == 1
+    assert "not the one that was shipped" in damaged.stderr
+
+
+def test_the_termux_script_passes_shellcheck(expert: Expert, tmp_path: Path) -> None:
+    write_bundle(expert, tmp_path, name="'; $(x)")
+    script = tmp_path / "termux" / "run.sh"
+    checked = subprocess.run(["shellcheck", script], capture_output=True, text=True, env=os.environ | venv_path())
+    assert (checked.returncode, checked.stdout) == (0, "")
+    script.write_text(script.read_text().replace('exec llama-cli --model "$model"', "exec llama-cli --model $model"))
+    assert subprocess.run(["shellcheck", script], capture_output=True, env=os.environ | venv_path()).returncode == 1
+
+
+def venv_path() -> dict[str, str]:
+    """Where the shellcheck of the environment that the tests run in lies."""
+    import sys
+
+    return {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+@pytest.mark.skipif(NODE is None, reason="needs Node.js")
+def test_the_model_is_brought_into_the_app_and_checked(expert: Expert, tmp_path: Path) -> None:
+    write_bundle(expert, tmp_path, most=60_000)
+    command = ["node", tmp_path / "react-native" / "bring-model.mjs"]
+    subprocess.run(command, check=True)
+    parts = sorted((tmp_path / "gguf").iterdir())
+    brought = sorted((tmp_path / "react-native" / "assets").iterdir())
+    assert [path.read_bytes() for path in brought] == [path.read_bytes() for path in parts]
+    model = (tmp_path / "react-native" / "model.ts").read_text()
+    assert re.findall(r"require\('./assets/(\S+)'\)", model) == [path.name for path in brought]
+    parts[1].write_bytes(parts[1].read_bytes()[:-1] + b"?")
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert f"../gguf/{parts[1].name} is damaged" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NODE is None, reason="needs Node.js")
+def test_typescript_compiles_against_the_packages_own_types(bundle: Path, tmp_path: Path) -> None:
+    """Packages are unpacked without what they need themselves: their declarations are what is wanted."""
+    project = bundle / "react-native"
+    wanted = [f"{package}@{VERSIONS[version]}" for package, version in PACKAGES.items()]
+    packed = ["npm", "pack", "--json", "--pack-destination", str(tmp_path), *wanted, "csstype@3"]
+    told = json.loads(subprocess.run(packed, capture_output=True, text=True, check=True, timeout=300).stdout)
+    for entry in told if isinstance(told, list) else told.values():
+        folder = project / "node_modules" / entry["name"]
+        folder.mkdir(parents=True)
+        archive = tmp_path / entry["filename"].replace("@", "").replace("/", "-")
+        subprocess.run(["tar", "xzf", archive, "-C", folder, "--strip-components=1"], check=True)
+
+    def compile() -> str:
+        command = ["node", "node_modules/typescript/bin/tsc", "--noEmit"]
+        return subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=300).stdout
+
+    assert compile() == ""
+    wrong = {"App.tsx": ("n_ctx:", "n_context:"), "model.ts": ("asset.localUri", "asset.address")}
+    for file, (old, new) in wrong.items():
+        path = project / file
+        path.write_text(path.read_text().replace(old, new))
+    found = compile()
+    assert "'n_context' does not exist in type 'ContextParams'" in found
+    assert "Property 'address' does not exist on type 'Asset'" in found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(JAVA is None, reason="needs Java")
+def test_kotlin_compiles_and_the_model_is_installed_whole(bundle: Path, tmp_path: Path) -> None:
+    """All of the app but its one activity, by the Kotlin compiler of the project's version; the copying runs."""
+    packed = ["npm", "pack", "--silent", "--pack-destination", str(tmp_path), f"kotlin-compiler@{VERSIONS['kotlin']}"]
+    subprocess.run(packed, check=True, capture_output=True, timeout=300)
+    (archive,) = tmp_path.glob("kotlin-compiler-*.tgz")
+    subprocess.run(["tar", "xzf", archive, "-C", tmp_path], check=True)
+    genai = tmp_path / "ai" / "onnxruntime" / "genai"
+    genai.mkdir(parents=True)
+    for declared, members in GENAI.items():
+        found = re.search(r"class (\w+)", declared)
+        assert found
+        text = f"package ai.onnxruntime.genai;\npublic {declared} {{{members}\n}}\n"
+        (genai / f"{found[1]}.java").write_text(text)
+    (tmp_path / "Install.kt").write_text(INSTALL.format(package=names_of(NAME).package))
+    sources = [next(bundle.rglob(name)) for name in ("Expert.kt", "ModelFiles.kt")]
+    command = ["bash", tmp_path / "package" / "bin" / "kotlinc", *sources, tmp_path / "Install.kt", tmp_path / "ai"]
+    jar = tmp_path / "app.jar"
+    compiled = subprocess.run([*command, "-include-runtime", "-d", jar], capture_output=True, text=True, timeout=300)
+    assert (compiled.returncode, compiled.stderr) == (0, "")
+
+    def install() -> subprocess.CompletedProcess[str]:
+        run = ["java", "-cp", jar, "InstallKt", bundle / "onnx", tmp_path / "files"]
+        return subprocess.run(run, capture_output=True, text=True, timeout=60)
+
+    assert install().returncode == 0
+    shipped = {path.name: path.read_bytes() for path in (bundle / "onnx" / NAME).iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "files").iterdir()} == shipped
+    (tmp_path / "files" / "model.onnx").unlink()
+    (bundle / "onnx" / NAME / "model.onnx").write_bytes(shipped["model.onnx"][:-1] + b"?")
+    refused = install()
+    assert refused.returncode == 1
+    assert "model.onnx is damaged" in refused.stderr
+    assert not list((tmp_path / "files").glob("model.onnx*[!a]"))
