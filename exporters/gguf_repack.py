@@ -1,6 +1,6 @@
 """Which matrices of a GGUF llama.cpp lays out anew at load, in rows side by side, for the wide instructions of a CPU.
 
-Those multiply several times faster there, above all on ARM. Which types and how many rows they need is in llama.cpp's
+Those are multiplied faster there, prompts above all. Which types and how many rows they need is in llama.cpp's
 ``ggml/src/ggml-cpu/repack.cpp``, ``ggml_repack_get_optimal_repack_type``.
 """
 

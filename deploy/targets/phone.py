@@ -1,6 +1,6 @@
 """The phone: the expert for onnxruntime-genai and for llama.cpp, and sample projects that open it.
 
-Android (Kotlin, onnxruntime-genai), React Native (llama.rn) and Termux, rendered from phone_templates with the expert's
+Android (Kotlin, onnxruntime-genai), React Native (llama.rn) and Termux, rendered from phone-templates with the expert's
 own names. They cannot be built here; what is checked instead is told in the notes.
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from cusprun.exporters.gguf_repack import Repacked
 
-TEMPLATES = Path(__file__).with_name("phone_templates")
+TEMPLATES = Path(__file__).with_name("phone-templates")
 MOST = 512 * 10**6  # bytes of a file: what an app's packaging and a phone's file systems take without trouble
 CONTEXT = 2048  # tokens of a conversation, where the model has as many: the cache of a phone's memory
 LITTLE = 0.9  # share of repacked bytes below which another type is recommended
