@@ -1,4 +1,4 @@
-"""From what was found to what can be done here: for each thing that cusprun does yes, yes with limits, or no and why."""
+"""From what was found to what can be done here: yes, yes with limits, or no and why, for each thing cusprun does."""
 
 from __future__ import annotations
 
