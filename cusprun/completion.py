@@ -19,9 +19,9 @@ def offer(load: Callable[[], Mapping[str, str] | Iterable[str]], *, several: boo
         values = load()
         known = values if isinstance(values, Mapping) else dict.fromkeys(values, "")
         before, comma, last = incomplete.rpartition(",") if several else ("", "", incomplete)
-        taken, lead = before.split(","), _option_typed()
+        taken = before.split(",")
         return [
-            (lead + before + comma + value, said)
+            (before + comma + value, said)
             for value, said in known.items()
             if value.startswith(last) and value not in taken
         ]
@@ -29,8 +29,21 @@ def offer(load: Callable[[], Mapping[str, str] | Iterable[str]], *, several: boo
     return complete
 
 
+def keep_option(parameter: Any) -> None:
+    """Lets a parameter of a command give its values as `--option=value` where zsh or fish complete both as one word."""
+    values = parameter.shell_complete
+
+    def shell_complete(context: Any, incomplete: str) -> list[Any]:
+        found: list[Any] = values(context, incomplete)
+        for item in found:
+            item.value = _option_typed() + item.value
+        return found
+
+    parameter.shell_complete = shell_complete
+
+
 def _option_typed() -> str:
-    """`--option=` where zsh or fish complete it and its value as one word; bash has the value alone."""
+    """`--option=` where it is part of the word that is completed; bash has the value alone."""
     line = os.environ.get("_TYPER_COMPLETE_ARGS", "")
     word = "" if line.endswith(" ") or not line else line.split()[-1]
     option, equals, _ = word.partition("=")

@@ -12,6 +12,8 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
+from cusprun.completion import keep_option
+
 # Commands that are in no section stand at the end.
 SECTIONS = {
     "Look": ("doctor", "corpora", "inspect"),
@@ -55,6 +57,8 @@ class Manual(TyperGroup):
         for command in self.commands.values():
             command.help = with_example_apart(textwrap.dedent(command.help or ""))
             command.epilog = command.epilog or EXIT_CODES
+            for parameter in command.params:
+                keep_option(parameter)
 
     def list_commands(self, ctx: Any) -> list[str]:
         order = [name for names in SECTIONS.values() for name in names]
