@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -143,7 +143,7 @@ formats, devices = field("format", several=True), field("device")
 vocabularies = offer(lambda: ("auto", "keep"))
 
 
-def rejoin_words(environment: dict[str, str] | os._Environ[str]) -> None:
+def rejoin_words(environment: MutableMapping[str, str]) -> None:
     """Puts `--option=value` together again, which bash hands over as three words, in what its completion asks with."""
     words = environment.get("COMP_WORDS", "").split("\n")
     if "=" not in words or not environment.get("COMP_CWORD", "").isdigit():
