@@ -140,7 +140,7 @@ entries, models, experts, targets = offer(_entries), offer(_models), offer(_expe
 types, gguf_types = offer(_types, several=True), offer(_gguf_types, several=True)
 types_or_all = offer(lambda: {**_types(), "all": "every one"}, several=True)
 formats, devices = field("format", several=True), field("device")
-vocabularies = offer(lambda: ("auto", "keep"))
+vocabularies, archives = offer(lambda: ("auto", "keep")), offer(lambda: ("tar.zst", "zip", "none"))
 
 
 def rejoin_words(environment: MutableMapping[str, str]) -> None:

@@ -20,7 +20,7 @@ SECTIONS = {
     "Make": ("build", "prune", "export"),
     "Measure": ("bench", "eval", "compare", "report"),
     "Use": ("chat", "run", "serve"),
-    "Ship": ("ship", "verify", "keygen"),
+    "Ship": ("ship", "verify", "unpack", "keygen"),
 }
 EXIT_CODES = (
     "Exit codes: 0 done; 1 it failed, and nothing half-written stays; 2 what was asked makes no sense, and the message "
