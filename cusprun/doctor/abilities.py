@@ -158,12 +158,11 @@ def _gpu(case: _Case) -> None:
             case.install.append("see pytorch.org/get-started/locally, for torch with CUDA")
     if torch.ok and (trouble := torch.facts["gpu_trouble"]):
         case.missing.append(trouble)
-    if llama.ok and not llama.facts["gpu_offload"]:
+    if not case.missing and llama.ok and not llama.facts["gpu_offload"]:
         case.limits.append(
             "llama.cpp was compiled for the processor alone: set CMAKE_ARGS=-DGGML_CUDA=on in the environment first"
         )
-        if not case.missing:
-            case.install.append(reinstall_command("llama-cpp-python"))
+        case.install.append(reinstall_command("llama-cpp-python"))
 
 
 def _chat(case: _Case) -> None:
