@@ -153,7 +153,11 @@ def test_libraries_that_crash_are_findings(tmp_path: Path) -> None:
     (build,) = [one for one in found["abilities"] if one["name"] == "build"]
     assert build["verdict"] == "no"
     assert len(build["reasons"]) >= 4
-    assert any("llama-cpp-python" in command for command in build["install"])
+    reinstalled = [re.search(r"([a-z-]+)==[0-9]", command) for command in build["install"]]
+    assert {one[1] for one in reinstalled if one} == {"torch", "llama-cpp-python", "onnxruntime"}
+    bench, chat = (next(one for one in found["abilities"] if one["name"] == name) for name in ("bench", "chat"))
+    assert chat["verdict"] == "no"
+    assert not any("compiled without" in reason for reason in bench["reasons"]), "nothing is known of it"
 
 
 def test_a_library_that_hangs_is_a_finding() -> None:
@@ -314,6 +318,7 @@ def test_verdicts_follow_from_the_findings(findings: Findings) -> None:
         assert not is_sound(checked(name, ok=False)), name
     assert "onnxruntime: broken" in ability(checked("onnxruntime", ok=False), "export to ONNX").reasons
     assert ability(checked("onnxruntime", ok=False), "export to GGUF").verdict == "yes"
+    assert ability(checked("llama.cpp", ok=False), "chat").reasons == ("not with a .gguf: broken",)
     gpu = checked("torch", gpus=[{"name": "x", "memory_bytes": 1}], cuda_build="13.0", gpu_trouble=None)
     assert ability(checked("torch", gpus=[], cuda_build=None, gpu_trouble=None), "--device cuda").verdict == "no"
     assert ability(checked("torch", gpus=[], cuda_build="13.0", gpu_trouble=None), "--device cuda").reasons[0] == (

@@ -11,6 +11,9 @@ from cusprun.doctor.packages import Package, install_command, lacking, reinstall
 from cusprun.doctor.tools import Tool
 
 Verdict = Literal["yes", "limited", "no"]
+LIBRARIES = {  # what is tried, and the package that brings it
+    "torch": "torch", "transformers": "transformers", "llama.cpp": "llama-cpp-python", "onnxruntime": "onnxruntime",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class _Case:
             self.install.append(install_command(extra))
         check = self.findings.checks.get(f"packages of {extra}")
         if check is not None and not check.ok:
-            self.missing.append(check.detail)
+            self.missing.append(f"{check.name}: {check.detail}")
 
     def needs_tool(self, name: str) -> None:
         tool = self.findings.tools[name]
@@ -93,12 +96,17 @@ class _Case:
 
 
 def _build(case: _Case) -> None:
-    case.needs("torch", "transformers", "llama.cpp", "onnxruntime", "cache")
+    case.needs(*LIBRARIES, "cache")
     case.needs_packages(None)
-    if not case.findings.checks["llama.cpp"].ok:
-        case.install.append(reinstall_command("llama-cpp-python"))
-        if not case.findings.tools["c++"].here:
-            case.install.insert(0, case.findings.tools["c++"].install)
+    here = {package.name: package for package in case.findings.packages if package.satisfied}
+    broken = [library for library in LIBRARIES if not case.findings.checks[library].ok]
+    if "torch" in broken and "transformers" in broken:
+        broken.remove("transformers")  # it stands on torch
+    for library in broken:
+        if (name := LIBRARIES[library]) in here:
+            if library == "llama.cpp" and not case.findings.tools["c++"].here:
+                case.install.append(case.findings.tools["c++"].install)
+            case.install.append(reinstall_command(f"{name}=={here[name].version}"))
 
 
 def _build_default(case: _Case) -> None:
@@ -133,7 +141,8 @@ def _measure(case: _Case) -> None:
         case.limits.append(f"no energy: {machine.energy}")
     if why := checks["cache"].facts.get("stays_warm"):
         case.limits.append(f"no cold loads: {why}")
-    if idle := unused_instructions(machine.instruction_sets, checks["llama.cpp"].facts.get("system_info", "")):
+    compiled = checks["llama.cpp"].facts.get("system_info")
+    if compiled and (idle := unused_instructions(machine.instruction_sets, compiled)):
         case.limits.append(f"llama.cpp was compiled without {', '.join(idle)}, which this processor has")
         case.install.append(reinstall_command("llama-cpp-python"))
 
@@ -166,7 +175,12 @@ def _gpu(case: _Case) -> None:
 
 
 def _chat(case: _Case) -> None:
-    case.needs("llama.cpp", "onnxruntime")
+    runtimes = {"llama.cpp": "a .gguf", "onnxruntime": "an ONNX folder"}
+    broken = [name for name in runtimes if not case.findings.checks[name].ok]
+    if len(broken) == len(runtimes):
+        case.needs(*runtimes)
+    else:
+        case.limits += [f"not with {runtimes[name]}: {case.findings.checks[name].detail}" for name in broken]
 
 
 def _serve(case: _Case) -> None:
