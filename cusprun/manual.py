@@ -5,9 +5,11 @@ A command's docstring is its page: what it does, what it writes, `See also: ...`
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
 import textwrap
+from functools import partial
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
@@ -55,7 +57,7 @@ class Manual(TyperGroup):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         for command in self.commands.values():
-            command.help = with_example_apart(textwrap.dedent(command.help or ""))
+            command.format_help_text = partial(_write_page, command)  # type: ignore[method-assign]
             command.epilog = command.epilog or EXIT_CODES
             for parameter in command.params:
                 keep_option(parameter)
@@ -75,6 +77,13 @@ class Manual(TyperGroup):
         for section, commands in rows.items():
             with formatter.section(section):
                 formatter.write_dl([(name.ljust(widest), said) for name, said in commands])
+
+
+def _write_page(command: Any, ctx: Any, formatter: Any) -> None:
+    """What a command's docstring says, in place of the parser's own way to write it."""
+    formatter.write_paragraph()
+    with formatter.indentation():
+        formatter.write_text(with_example_apart(inspect.cleandoc(command.help or "")))
 
 
 class Sectioned(TyperCommand):
