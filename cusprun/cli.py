@@ -11,20 +11,23 @@ from typing import Annotated, Any
 
 import typer
 
-from cusprun import __version__, cli_corpora, cli_measure, flags
+from cusprun import __version__, cli_corpora, cli_doctor, cli_measure, completion, flags
 from cusprun.errors import Failed, InvalidRequest, reason_of
 from cusprun.flags import Json, print_json
+from cusprun.manual import EXIT_CODES, Manual, Sectioned
 
 INTERRUPTED = 130
 
 app = typer.Typer(
     name="cusprun-edge",
+    cls=Manual,
     help="Turns a general language model into a small expert for one language, domain and task, and ships it.",
+    epilog=EXIT_CODES,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.add_typer(cli_corpora.app, name="corpora")
 
@@ -50,26 +53,45 @@ def _given(context: typer.Context) -> dict[str, Any]:
     return given
 
 
-@app.command()
+@app.command(cls=Sectioned)
 @flags.takes(flags.BUILDING)
 def build(context: typer.Context, recipe: flags.Recipe = None, json_: Json = False, **_: Any) -> None:
     """Build an expert: find what the scenario does not need, remove it, export, measure.
+
+    Everything that can be checked is checked first, and a plan is printed with what it takes. A build that was
+    interrupted goes on from its last finished stage with the same command.
+
+    Writes into the folder of the expert: recipe.yaml, expert.json, model/, gguf/ or onnx/, report/. Texts and converted
+    models are kept in the cache, which CUSPRUN_CACHE moves.
+
+    See also: doctor, corpora list, prune, chat, ship.
 
     Example: cusprun-edge build --lang en --domain legal --task qa
     """
     _build(_given(context), recipe, json_, upto="expert")
 
 
-@app.command()
+@app.command(cls=Sectioned)
 @flags.takes(flags.PRUNING)
 def prune(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Dense model: a folder, a .gguf, a hub id, or the default's name.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Dense model: a folder, a .gguf, a hub id, or the default's name.", autocompletion=completion.models
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the expert.")],
     json_: Json = False,
     **_: Any,
 ) -> None:
     """Stop at the compacted model folder, <out>/model.
+
+    It is a Hugging Face folder: transformers opens it, after `import cusprun` where its layers have different widths.
+
+    Writes into the folder of the expert: recipe.yaml, expert.json, model/.
+
+    See also: build, export, eval.
 
     Example: cusprun-edge prune HuggingFaceTB/SmolLM2-360M-Instruct --lang en --domain legal --out expert
     """
@@ -123,8 +145,9 @@ def export(
     rounding: Annotated[
         str | None,
         typer.Option(
+            autocompletion=completion.field("rounding"),
             help="nearest; imatrix, weighed by an importance matrix; gptq, whose errors are made up for by the weights "
-            "still to be rounded; auto (default with a corpus): gptq in four bits, imatrix else."
+            "still to be rounded; auto (default with a corpus): gptq in four bits, imatrix else.",
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1024, help="Tokens of that text.")] = 16384,
@@ -147,6 +170,13 @@ def export(
 ) -> None:
     """Write a model folder for llama.cpp (GGUF) or onnxruntime (ONNX), in as many types as wished.
 
+    Each file is run beside torch before it is named; one that computes something else is not kept. What a .gguf will
+    take, and which matrices fall back to other types, --dry-run tells first.
+
+    Writes --out, and an importance matrix beside it where text is given.
+
+    See also: build, inspect, bench, compare.
+
     Example: cusprun-edge export expert/model --format gguf,onnx --quant q4_0,int4 --out shipped
     """
     from cusprun.exporters.request import Settings, export_model, tell
@@ -168,11 +198,15 @@ app.command()(cli_measure.bench)
 app.command("eval")(cli_measure.evaluate)
 app.command()(cli_measure.compare)
 app.command()(cli_measure.report)
+app.command()(cli_doctor.doctor)
 
 
 @app.command()
 def chat(
-    artifact: Annotated[Path, typer.Argument(help="An expert's folder, a model folder or a .gguf file.")],
+    artifact: Annotated[
+        Path,
+        typer.Argument(help="An expert's folder, a model folder or a .gguf file.", autocompletion=completion.experts),
+    ],
     system: Annotated[str | None, typer.Option(help="What the assistant is told first.")] = None,
     once: Annotated[str | None, typer.Option(help="Answer this prompt and leave.")] = None,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 takes the likeliest token.")] = 0.0,
@@ -193,10 +227,17 @@ def chat(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="A model folder, a .gguf, a hub id, or the default's name.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A model folder, a .gguf, a hub id, or the default's name.", autocompletion=completion.models
+        ),
+    ],
     json_: Json = False,
 ) -> None:
     """Print a model's family, sizes, units per layer and what each export holds of it, from its headers alone.
+
+    See also: export --dry-run, bench.
 
     Example: cusprun-edge inspect smollm2-135m-instruct
     """
@@ -211,6 +252,8 @@ def inspect(
 
 def main() -> None:
     """Runs the command line; errors of ours become one message on stderr and their exit code."""
+    if completion.ASKED in os.environ:
+        completion.rejoin_words(os.environ)
     signal.signal(signal.SIGTERM, _interrupt)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

