@@ -1,7 +1,7 @@
 """The tutorial as a newcomer follows it: every line typed as it stands, in one shell, up to an answer in the browser.
 
 The folder holds what a fresh copy of the repository has. Installing is done by the tutorial's own command; the packages
-that it would fetch and compile are those this interpreter has, so that it takes seconds and not the minutes of the first time.
+that it would fetch and compile are those this interpreter has, so that it takes seconds and not minutes.
 """
 
 from __future__ import annotations
