@@ -1,0 +1,33 @@
+"""Chromium for the tests that need one, found where a system has it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@contextmanager
+def chromium(*flags: str) -> Iterator[Any]:
+    """A headless Chromium; skips the test where there is none, and fails it on Debian, where .ci/setup brings it."""
+    from playwright.sync_api import sync_playwright
+
+    path = next((found for name in NAMES if (found := shutil.which(name))), None)
+    if path is None:
+        system = Path("/etc/os-release")
+        if system.is_file() and re.search("^ID=debian$", system.read_text(), re.MULTILINE):
+            pytest.fail("Chromium is missing: bash .ci/setup dev installs it")
+        pytest.skip(f"no Chromium here: none of {', '.join(NAMES)} is in PATH")
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox", *flags])
+        try:
+            yield browser
+        finally:
+            browser.close()
