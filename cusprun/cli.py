@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cusprun import __version__, cli_corpora, cli_measure, flags
+from cusprun import __version__, cli_corpora, cli_measure, cli_serve, flags
 from cusprun.errors import Failed, InvalidRequest, reason_of
 from cusprun.flags import Json, print_json
 
@@ -189,6 +189,10 @@ def chat(
     from cusprun.runtimes import Sampling
 
     talk(artifact, system=system, once=once, sampling=Sampling(temperature, top_p, max_tokens, seed), threads=threads)
+
+
+app.command()(cli_serve.run)
+app.command()(cli_serve.serve)
 
 
 @app.command()
