@@ -107,8 +107,9 @@ class Api:
         return _json(self._model)
 
     async def health(self, request: Request) -> Response:
-        status = "stopping" if self.stopping else "ok"
-        health = Health(status=status, running=self._engine.running, waiting=self._engine.waiting)
+        health = Health(
+            status="stopping" if self.stopping else "ok", running=self._engine.running, waiting=self._engine.waiting
+        )
         return _json(health, 503 if self.stopping else 200)
 
     async def metrics(self, request: Request) -> Response:
