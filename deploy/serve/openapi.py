@@ -103,7 +103,8 @@ def _errors(statuses: Sequence[int]) -> dict[str, Any]:
 
 
 def _generate(name: str, summary: str, request: str, reply: str, chunk: str) -> dict[str, Any]:
-    stream = {"type": "string", "description": f"Server-sent events: {chunk} in JSON each, then [DONE]."}
+    document = {"type": "string", "contentMediaType": "application/json", "contentSchema": _ref(chunk)}
+    event = {"type": "object", "properties": {"data": {"anyOf": [document, {"const": "[DONE]"}]}}, "required": ["data"]}
     return {
         "operationId": name,
         "summary": summary,
@@ -111,7 +112,7 @@ def _generate(name: str, summary: str, request: str, reply: str, chunk: str) -> 
         "responses": {
             "200": {
                 "description": "The answer; by events where stream is true.",
-                "content": {**_json(_ref(reply)), "text/event-stream": {"schema": stream}},
+                "content": {**_json(_ref(reply)), "text/event-stream": {"schema": event}},
             },
             **_errors(GENERATING),
         },

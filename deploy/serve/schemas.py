@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from cusprun.deploy.serve.settings import MOST_CHOICES
 from cusprun.runtimes import Message, Sampling
@@ -14,6 +14,15 @@ StopStrings = Annotated[list[StopString], Field(max_length=4)]
 TokenId = Annotated[int, Field(ge=0)]
 Bias = Annotated[dict[str, Any], Field(max_length=0)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _no_number(value: object) -> object:
+    if isinstance(value, bool):
+        return value
+    raise ValueError("write false")  # 0 is equal to it, and no truth value
+
+
+No = Annotated[Literal[False], BeforeValidator(_no_number)]
 
 
 class Strict(BaseModel):
@@ -105,7 +114,7 @@ class ChatRequest(Generation):
     top_logprobs: int | None = Field(None, ge=0, le=20, description="And those of so many likeliest tokens.")
     response_format: TextFormat | None = None
     modalities: list[Literal["text"]] | None = None
-    store: Literal[False] | None = Field(None, description="Only false: nothing is stored.")
+    store: No | None = Field(None, description="Only false: nothing is stored.")
     metadata: dict[str, str] | None = Field(None, description="Taken and not used.")
 
     @model_validator(mode="after")
@@ -137,9 +146,9 @@ class CompletionRequest(Generation):
         "written by hand here, and text of others does not belong here unchecked."
     )
     logprobs: int | None = Field(None, ge=0, le=5, description="Likeliest tokens to tell at each step.")
-    echo: Literal[False] | None = Field(None, description="Only false.")
+    echo: No | None = Field(None, description="Only false.")
     suffix: None = Field(None, description="Only null.")
-    best_of: Literal[1] | None = Field(None, description="Only 1.")
+    best_of: int | None = Field(None, ge=1, le=1, description="Only 1.")
 
     @property
     def most(self) -> int | None:

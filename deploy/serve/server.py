@@ -75,6 +75,7 @@ class _Server(uvicorn.Server):
 
     def run_until_stopped(self) -> None:
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of every client that leaves
         asyncio.run(self._run())
 
     async def _run(self) -> None:

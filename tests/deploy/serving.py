@@ -46,9 +46,9 @@ class Server:
     def chat(self, text: str, **fields: Any) -> httpx2.Response:
         return self.post("chat/completions", messages=[{"role": "user", "content": text}], **fields)
 
-    def metric(self, name: str) -> float:
+    def metric(self, name: str, key: str = "none") -> float:
         """The sum of a metric over its labels."""
-        text = httpx2.get(f"{self.root}/metrics", timeout=60).text
+        text = httpx2.get(f"{self.root}/metrics", timeout=60, headers={"authorization": f"Bearer {key}"}).text
         found = re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
         assert found, name
         return sum(map(float, found))
