@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cusprun import __version__, cli_corpora, cli_doctor, cli_measure, completion, flags
+from cusprun import __version__, cli_corpora, cli_doctor, cli_measure, cli_serve, completion, flags
 from cusprun.errors import Failed, InvalidRequest, reason_of
 from cusprun.flags import Json, print_json
 from cusprun.manual import EXIT_CODES, Manual, Sectioned
@@ -223,6 +223,10 @@ def chat(
     from cusprun.runtimes import Sampling
 
     talk(artifact, system=system, once=once, sampling=Sampling(temperature, top_p, max_tokens, seed), threads=threads)
+
+
+app.command()(cli_serve.run)
+app.command()(cli_serve.serve)
 
 
 @app.command()

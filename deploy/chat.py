@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from cusprun.deploy.turns import encode_turns
 from cusprun.errors import Failed, InvalidRequest
 from cusprun.progress import say
 from cusprun.runtimes import GENAI_CONFIG, Message, Runtime, Sampling, is_onnx, open_runtime
@@ -88,7 +89,7 @@ def chat(
     conversation = Conversation(runtime, sampling or Sampling(), system)
     try:
         if prompt is not None:
-            _show(conversation.answer(prompt.strip()), sink)
+            show(conversation.answer(prompt.strip()), sink)
         else:
             _talk(conversation, source, sink)
     finally:
@@ -149,11 +150,7 @@ class Conversation:
         return tokens
 
     def _encode(self) -> list[int]:
-        text = self._runtime.chat_prompt([*self._system, *self.turns])
-        tokens = self._runtime.encode(text, special=True)
-        # A chat template writes the token in front itself where the model wants one.
-        bos = self._runtime.bos
-        return tokens if self._runtime.has_chat_template or bos is None else [bos, *tokens]
+        return encode_turns(self._runtime, [*self._system, *self.turns])
 
 
 def _talk(conversation: Conversation, source: TextIO, sink: TextIO) -> None:
@@ -176,7 +173,7 @@ def _talk(conversation: Conversation, source: TextIO, sink: TextIO) -> None:
                 return
             if prompt:
                 try:
-                    _show(ctrl_c.cut(conversation.answer(prompt)), sink)
+                    show(ctrl_c.cut(conversation.answer(prompt)), sink)
                 except (InvalidRequest, Failed) as error:
                     say(str(error))
 
@@ -205,7 +202,7 @@ class _CtrlC:
                 return
 
 
-def _show(pieces: Iterator[str], sink: TextIO) -> None:
+def show(pieces: Iterator[str], sink: TextIO) -> None:
     """Writes pieces as they come; a terminal gets no control characters and no character it cannot show."""
     terminal, encoding = sink.isatty(), sink.encoding or "utf-8"
     for piece in pieces:

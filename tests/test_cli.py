@@ -26,6 +26,8 @@ COMMANDS = (
     "eval",
     "report",
     "chat",
+    "run",
+    "serve",
     "inspect",
     "corpora list",
     "corpora pull",

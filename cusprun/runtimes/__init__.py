@@ -97,6 +97,10 @@ class Runtime(Protocol):
         """
         ...
 
+    def forget(self, keep: int) -> None:
+        """Leaves the first ``keep`` tokens in the cache, or all where there are fewer."""
+        ...
+
     def step(self, token: int) -> np.ndarray:
         """Appends one token to the cache; next-token logits, (n_vocab,) float32. One decode step."""
         ...

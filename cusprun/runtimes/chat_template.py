@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, NoReturn
 
 from cusprun.errors import Failed
@@ -16,6 +17,20 @@ def render_chat(template: str, messages: Sequence[Message], *, bos: str = "", eo
 
     Raises Failed where the template does not parse or refuses the conversation.
     """
+    import jinja2
+
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        return _compile(template).render(
+            messages=turns, add_generation_prompt=True, bos_token=bos, eos_token=eos, tools=None, documents=None
+        )
+    except jinja2.TemplateError as error:
+        raise Failed(f"the model's chat template does not take this conversation: {error}") from error
+
+
+@lru_cache(maxsize=8)
+def _compile(template: str) -> Any:
+    """The template ready to render: compiling takes longer than rendering, and a server renders for every request."""
     import jinja2
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -30,13 +45,7 @@ def render_chat(template: str, messages: Sequence[Message], *, bos: str = "", eo
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    try:
-        return environment.from_string(template).render(
-            messages=turns, add_generation_prompt=True, bos_token=bos, eos_token=eos, tools=None, documents=None
-        )
-    except jinja2.TemplateError as error:
-        raise Failed(f"the model's chat template does not take this conversation: {error}") from error
+    return environment.from_string(template)
 
 
 def join_turns(messages: Sequence[Message]) -> str:

@@ -181,7 +181,7 @@ class LlamaCppRuntime:
         check_length(len(tokens), self.n_context)
         check_start(start, len(tokens))
         keep = common_prefix(self._cached, tokens[:start])
-        self._forget(keep)
+        self.forget(keep)
         found = np.empty((len(tokens) - start, self.n_vocab), dtype=np.float32)
         done = 0
         for first in range(keep, len(tokens), self._n_batch):
@@ -197,7 +197,7 @@ class LlamaCppRuntime:
     def prefill(self, tokens: Sequence[int], *, reuse: bool = False) -> np.ndarray:
         check_length(len(tokens), self.n_context)
         keep = common_prefix(self._cached, tokens[:-1]) if reuse else 0
-        self._forget(keep)
+        self.forget(keep)
         for first in range(keep, len(tokens), self._n_batch):
             piece = tokens[first : first + self._n_batch]
             self._decode(piece, int(first + len(piece) == len(tokens)))
@@ -212,7 +212,7 @@ class LlamaCppRuntime:
         row = llama_cpp.llama_get_logits_ith(self._context, -1)
         return np.ctypeslib.as_array(row, (self.n_vocab,)).copy()
 
-    def _forget(self, keep: int) -> None:
+    def forget(self, keep: int) -> None:
         """Leaves the first ``keep`` tokens in the cache."""
         memory = llama_cpp.llama_get_memory(self._context)
         if keep == 0:

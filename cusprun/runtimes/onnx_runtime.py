@@ -58,7 +58,7 @@ class OnnxRuntime(FolderTokenizer):
         check_length(len(tokens), self.n_context)
         check_start(start, len(tokens))
         keep = common_prefix(self._cached, tokens[:start])
-        self._cached = self._cached[:keep]
+        self.forget(keep)
         found = np.empty((len(tokens) - start, self.n_vocab), dtype=np.float32)
         done = 0
         for first in range(keep, len(tokens), BATCH):
@@ -73,7 +73,7 @@ class OnnxRuntime(FolderTokenizer):
     def prefill(self, tokens: Sequence[int], *, reuse: bool = False) -> np.ndarray:
         check_length(len(tokens), self.n_context)
         keep = common_prefix(self._cached, tokens[:-1]) if reuse else 0
-        self._cached = self._cached[:keep]
+        self.forget(keep)
         last: np.ndarray = self._append(tokens[keep:], 1)[0]
         return last
 
@@ -81,6 +81,9 @@ class OnnxRuntime(FolderTokenizer):
         check_length(len(self._cached) + 1, self.n_context)
         last: np.ndarray = self._append([token], 1)[0]
         return last
+
+    def forget(self, keep: int) -> None:
+        self._cached = self._cached[:keep]
 
     def _append(self, tokens: Sequence[int], rows: int) -> np.ndarray:
         """Appends tokens to the cache; logits after the last ``rows`` of them, (rows, n_vocab)."""

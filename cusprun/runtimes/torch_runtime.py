@@ -53,12 +53,12 @@ class TorchRuntime(FolderTokenizer):
     def logits(self, tokens: Sequence[int], *, start: int = 0) -> np.ndarray:
         check_length(len(tokens), self.n_context)
         check_start(start, len(tokens))
-        self._forget(common_prefix(self._cached, tokens[:start]))
+        self.forget(common_prefix(self._cached, tokens[:start]))
         return self._append(tokens[len(self._cached) :], len(tokens) - start)
 
     def prefill(self, tokens: Sequence[int], *, reuse: bool = False) -> np.ndarray:
         check_length(len(tokens), self.n_context)
-        self._forget(common_prefix(self._cached, tokens[:-1]) if reuse else 0)
+        self.forget(common_prefix(self._cached, tokens[:-1]) if reuse else 0)
         last: np.ndarray = self._append(tokens[len(self._cached) :], 1)[0]
         return last
 
@@ -67,7 +67,7 @@ class TorchRuntime(FolderTokenizer):
         last: np.ndarray = self._append([token], 1)[0]
         return last
 
-    def _forget(self, keep: int) -> None:
+    def forget(self, keep: int) -> None:
         """Leaves the first ``keep`` tokens in the cache."""
         if keep == 0:
             self._cache = DynamicCache()

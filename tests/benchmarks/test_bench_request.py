@@ -283,7 +283,7 @@ def test_a_cache_that_was_not_filled_is_no_figure(gguf: Path, monkeypatch: pytes
 
     def lost(runtime: LlamaCppRuntime, token: int) -> Any:
         found = step(runtime, token)
-        runtime._forget(len(runtime._cached) - 1)
+        runtime.forget(len(runtime._cached) - 1)
         return found
 
     monkeypatch.setattr(LlamaCppRuntime, "step", lost)
