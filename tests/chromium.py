@@ -1,4 +1,4 @@
-"""Chromium for the tests that need one, found where a system has it."""
+"""Chromium for the tests that open pages."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 
 
 @contextmanager
-def chromium(*flags: str) -> Iterator[Any]:
-    """A headless Chromium; skips the test where there is none, and fails it on Debian, where .ci/setup brings it."""
+def open_chromium(*flags: str) -> Iterator[Any]:
+    """A headless browser; the test is skipped without one, but fails on Debian, where the setup installs it."""
     from playwright.sync_api import sync_playwright
 
     path = next((found for name in NAMES if (found := shutil.which(name))), None)
@@ -26,8 +26,6 @@ def chromium(*flags: str) -> Iterator[Any]:
             pytest.fail("Chromium is missing: bash .ci/setup dev installs it")
         pytest.skip(f"no Chromium here: none of {', '.join(NAMES)} is in PATH")
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox", *flags])
-        try:
-            yield browser
-        finally:
-            browser.close()
+        opened = driver.chromium.launch(executable_path=path, args=["--no-sandbox", *flags])
+        yield opened
+        opened.close()
