@@ -1,4 +1,4 @@
-"""The files of a bundle by name, gathered before anything is written, so that a bundle's bytes depend on nothing else."""
+"""The files of a bundle by name, gathered before anything is written: its bytes depend on nothing else."""
 
 from __future__ import annotations
 
