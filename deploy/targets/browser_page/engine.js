@@ -5,6 +5,8 @@ import { Wllama } from "./wllama/wllama.js";
 const BATCH = 128; // tokens of a prompt at once; more costs memory and gains nothing here
 const MIB = 2 ** 20;
 const BUFFER = / (\S+) buffer size = +([\d.]+) MiB/;
+// A model without a chat template gets the talk as paragraphs.
+const PLAIN = "{% for message in messages %}{{ message.content + '\\n\\n' }}{% endfor %}";
 // The smallest modules with a vector and with a try block in them.
 const VECTORS = [0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11];
 const EXCEPTIONS = [0, 97, 115, 109, 1, 0, 0, 0, 1, 4, 1, 96, 0, 0, 3, 2, 1, 0, 10, 8, 1, 6, 0, 6, 64, 25, 11, 11];
@@ -58,12 +60,14 @@ export class Engine {
       n_batch: BATCH,
       n_ubatch: BATCH,
       jinja: true,
+      chat_template: bundle.chat_template ? undefined : PLAIN,
       reasoning_format: "none",
       warmup: false,
     });
     URL.revokeObjectURL(wasm);
     if (!this.#wllama.getModelMetadata().hparams.nLayer) {
-      throw new Error(this.#log.filter((line) => /error|fail/i.test(line)).join("; ") || "llama.cpp gave no reason");
+      const reasons = this.#log.map((line) => /error loading model: (.+)/.exec(line)?.[1]).filter(Boolean);
+      throw new Error(reasons[0] ?? (this.#log.slice(-3).join("; ") || "llama.cpp gave no reason"));
     }
   }
 
@@ -77,9 +81,10 @@ export class Engine {
   }
 
   // Streams an answer: `onText` gets each piece, `onFigures` llama.cpp's own timings. Returns why it ended.
-  async answer(turns, { template, longest, temperature, signal, onText, onFigures }) {
+  async answer(turns, { longest, temperature, signal, onText, onFigures }) {
     let reason = null;
     const options = {
+      messages: turns,
       max_tokens: longest,
       temperature,
       top_p: 0.95,
@@ -92,18 +97,12 @@ export class Engine {
       abortSignal: signal,
       onData: (chunk) => {
         const choice = chunk.choices?.[0];
-        const text = choice?.delta?.content ?? choice?.text;
-        if (text) onText(text);
+        if (choice?.delta?.content) onText(choice.delta.content);
         if (chunk.timings) onFigures(chunk.timings);
         reason = choice?.finish_reason ?? reason;
       },
     };
-    if (template) {
-      await this.#wllama.createChatCompletion({ ...options, messages: turns });
-    } else {
-      const prompt = `${turns.map((turn) => turn.content).join("\n\n")}\n\n`;
-      await this.#wllama.createCompletion({ ...options, prompt });
-    }
+    await this.#wllama.createChatCompletion(options);
     return reason;
   }
 

@@ -26,15 +26,13 @@ export async function bring(files, pieceBytes, report) {
     };
     let blob = cache && (await find(cache, file));
     if (!blob && kept) {
-      try {
-        await cache.put(keyOf(file), await fetchChecked(file, pieceBytes, tell));
-        blob = await find(cache, file);
-      } catch (error) {
-        if (error.name !== "QuotaExceededError") throw error;
-        kept = false;
-      }
+      blob = await attempt(async (body) => {
+        await cache.put(keyOf(file), body);
+        return find(cache, file);
+      }, file, pieceBytes, tell);
+      kept = blob !== null;
     }
-    blob ??= await (await fetchChecked(file, pieceBytes, tell)).blob();
+    blob ??= await attempt((body) => body.blob(), file, pieceBytes, tell);
     tell(file.bytes);
     blobs.set(file.path, blob);
   }
@@ -46,25 +44,37 @@ async function find(cache, file) {
   return blob?.size === file.bytes ? blob : null;
 }
 
-async function fetchChecked(file, pieceBytes, tell) {
+// What `use` makes of the file as it arrives; null where there is no room for it. The cache reports any error in the
+// body as one of its own, so that the reason is kept beside it.
+async function attempt(use, file, pieceBytes, tell) {
+  let reason = null;
   let response;
   try {
     response = await fetch(file.path, { cache: "no-cache" });
-  } catch (error) {
+  } catch {
     throw new FileError("offline", file.path);
   }
   if (!response.ok) throw new FileError("missing", `${file.path}: HTTP ${response.status}`);
   const type = file.path.endsWith(".wasm") ? "application/wasm" : "application/octet-stream";
-  const body = response.body.pipeThrough(checking(file, pieceBytes, tell));
-  return new Response(body, { headers: { "Content-Type": type } });
+  const body = response.body.pipeThrough(checking(file, pieceBytes, tell, (error) => (reason = error)));
+  try {
+    return await use(new Response(body, { headers: { "Content-Type": type } }));
+  } catch (error) {
+    if (error.name === "QuotaExceededError") return null;
+    throw reason ?? new FileError("offline", file.path);
+  }
 }
 
 // Passes a file on in pieces, each only when its hash is right.
-function checking(file, pieceBytes, tell) {
+function checking(file, pieceBytes, tell, blame) {
   let piece = new Uint8Array(pieceBytes);
   let filled = 0;
   let index = 0;
-  const damaged = () => new FileError("damaged", file.path);
+  const damaged = () => {
+    const error = new FileError("damaged", file.path);
+    blame(error);
+    return error;
+  };
   const check = async (bytes) => {
     const wanted = file.pieces[index++];
     if (wanted === undefined) throw damaged();
