@@ -36,6 +36,10 @@ POLICY = (
     "style-src 'self'; img-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'"
 )
 SLOW = ("iq", "f16", "f32", "bf16")  # types that llama.cpp has no WebAssembly vector code for, or that are large
+NAMES = {
+    "en": "English", "de": "German", "fr": "French", "es": "Spanish", "it": "Italian", "pt": "Portuguese",
+    "qa": "question answering",
+}  # fmt: skip
 SIZES = ((1e9, "billion"), (1e6, "million"), (1e3, "thousand"))
 
 
@@ -180,7 +184,7 @@ def _count(parameters: int) -> str:
 
 
 def _words(scenario: dict[str, Any]) -> str:
-    return ", ".join(str(value) for key, value in scenario.items() if key != "name" and value)
+    return ", ".join(NAMES.get(str(value), str(value)) for key, value in scenario.items() if key != "name" and value)
 
 
 def _web_manifest(name: str) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def visit(browser: Any, offline_use: bool = True, **settings: Any) -> Iterator[V
     context = browser.new_context(viewport={"width": 1280, "height": 800}, **settings)
     if not offline_use:
         context.add_init_script("delete Navigator.prototype.serviceWorker")
-    context.set_default_timeout(int(__import__("os").environ.get("T","60000")))
+    context.set_default_timeout(int(__import__("os").environ.get("T", "60000")))
     yield Visit(context)
     context.close()
 
@@ -185,7 +185,7 @@ def test_the_build_for_safari(browser: Any, bundle: Path, expert: Expert) -> Non
 
 def test_a_model_in_parts(browser: Any, expert: Expert, tmp_path: Path) -> None:
     files = Files()
-    gather(expert, files, Wish(), most=int(__import__("os").environ.get("T","60000")))
+    gather(expert, files, Wish(), most=int(__import__("os").environ.get("T", "60000")))
     folder = write_files(files, tmp_path)
     parts = sorted(path.name for path in (folder / "model").iterdir())
     assert len(parts) > 2
@@ -340,6 +340,9 @@ def test_it_can_be_read_by_all(browser: Any, bundle: Path, width: int, scheme: s
         check()
         seen.ask("Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft" * 2)
         check()
+        seen.ask("rent " * 40)
+        last, edge = page.locator(".answered").last.bounding_box(), page.locator("footer").bounding_box()
+        assert last["y"] + last["height"] <= edge["y"], "the end of the answer is behind the foot of the page"
         page.locator("summary").click()
         check()
         dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 24, 28)"
@@ -350,7 +353,8 @@ def test_it_can_be_read_by_all(browser: Any, bundle: Path, width: int, scheme: s
         page.keyboard.type("rent")
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.id") == "send"
-        page.keyboard.press("Tab")
+        page.keyboard.press("Shift+Tab")
+        page.keyboard.press("Shift+Tab")
         assert page.evaluate("document.activeElement.id") == "new"
         page.evaluate("document.getElementById('problem').hidden = false")
         page.locator("#problem-text").evaluate("line => { line.textContent = 'There is no connection.' }")

@@ -35,7 +35,8 @@ async function start() {
   await engine.start(bundle, blobs, chooseThreads(threads), compat);
   at("loading").hidden = true;
   at("offline").textContent = offline ?? (kept ? "this page works without a network" : "no room on this device to keep the model");
-  at("threads").textContent = engine.threads + (crossOriginIsolated ? "" : " (page is not isolated)");
+  at("threads").textContent = engine.threads;
+  at("isolation").textContent = crossOriginIsolated ? "the page may use threads" : "none, so there is one thread: see the README";
   at("memory").textContent = megabytes(engine.bytes);
   settle();
   tell("The model is ready.");
@@ -142,7 +143,7 @@ function show(kind, who, content) {
   text.dir = "auto";
   text.textContent = content;
   at("talk").append(box);
-  box.scrollIntoView({ block: "end" });
+  document.scrollingElement.scrollTop = document.scrollingElement.scrollHeight;
   return { box, text };
 }
 
@@ -150,6 +151,7 @@ function note(box, words) {
   const line = box.appendChild(document.createElement("p"));
   line.className = "note";
   line.textContent = `(${words})`;
+  follow();
 }
 
 // Scrolls along with the answer unless the reader has scrolled up.
@@ -180,6 +182,7 @@ function fail(error) {
   at("problem").hidden = false;
   at("problem-text").textContent = inWords(error);
   for (const id of ["question", "send", "new"]) at(id).disabled = true;
+  at("send").hidden = false;
   at("stop").hidden = true;
   at("problem").scrollIntoView({ block: "center" });
 }
