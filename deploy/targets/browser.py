@@ -35,7 +35,7 @@ POLICY = (
     "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; worker-src 'self' blob:; connect-src 'self' blob:; "
     "style-src 'self'; img-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'"
 )
-SLOW = ("iq", "f16", "f32", "bf16")  # types that llama.cpp has no WebAssembly vector code for, or that are large
+UNROUNDED = ("f16", "f32", "bf16")  # several times slower here than the others, and larger
 NAMES = {
     "en": "English", "de": "German", "fr": "French", "es": "Spanish", "it": "Italian", "pt": "Portuguese",
     "qa": "question answering",
@@ -119,10 +119,10 @@ def gather(expert: Expert, files: Files, wish: Wish, *, most: int = MOST) -> Not
 
 
 def choose_artifact(expert: Expert, quant: str | None) -> Artifact:
-    """The .gguf of the type ``quant``, else the first of a type that is quick in a browser, else the first."""
+    """The .gguf of the type ``quant``, else the first of a rounded type, else the first."""
     if quant is None:
         for artifact in expert.artifacts:
-            if artifact.format == "gguf" and not artifact.quant.startswith(SLOW):
+            if artifact.format == "gguf" and artifact.quant not in UNROUNDED:
                 return artifact
     return expert.of("gguf", quant)
 
@@ -212,7 +212,7 @@ def _notes(artifact: Artifact, model: list[Large]) -> Notes:
         start=_render(
             "start.md.j2",
             quant=artifact.quant,
-            slow=artifact.quant.startswith(SLOW),
+            slow=artifact.quant in UNROUNDED,
             parts=len(model),
             megabytes=round(sum(large.bytes for large in model) / 1e6),
         ),

@@ -86,8 +86,8 @@ def test_the_receiver_is_told_about_threads_and_sizes(expert: Expert) -> None:
     for words in ("Cross-Origin-Embedder-Policy: require-corp", "nginx", "_headers", "GitHub Pages", "http.server"):
         assert words in notes.start
     assert "Slow type" not in notes.start
-    slow = replace(expert, artifacts=(replace(expert.artifacts[0], quant="iq4_nl"),))
-    assert "no vector code for iq4_nl" in gather(slow, Files(), Wish()).start
+    slow = replace(expert, artifacts=(replace(expert.artifacts[0], quant="f16"),))
+    assert "f16 is large, and slow in a browser" in gather(slow, Files(), Wish()).start
 
 
 def test_parts_are_below_the_limit_and_gone_with_the_files(
@@ -111,8 +111,8 @@ def test_which_artifact_it_takes(expert: Expert) -> None:
         found = [Artifact(Path(quant), "onnx" if quant == "int8" else "gguf", quant, 1, "") for quant in quants]
         return replace(expert, artifacts=tuple(found))
 
-    assert choose_artifact(listed("int8", "iq4_nl", "q4_k_m", "q8_0"), None).quant == "q4_k_m"
-    assert choose_artifact(listed("f16", "iq4_nl"), None).quant == "f16"
+    assert choose_artifact(listed("int8", "f16", "q4_k_m", "q8_0"), None).quant == "q4_k_m"
+    assert choose_artifact(listed("f16", "f32"), None).quant == "f16"
     assert choose_artifact(listed("q8_0", "iq4_nl"), "iq4_nl").quant == "iq4_nl"
     with pytest.raises(InvalidRequest, match="int8 and not gguf: build it with --format gguf"):
         choose_artifact(listed("int8"), None)
