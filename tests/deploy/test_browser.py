@@ -280,6 +280,16 @@ def test_what_goes_wrong_is_said_in_words(browser: Any, bundle: Path, tmp_path: 
         assert "This browser has no vectors in WebAssembly" in problem()
 
 
+def test_too_little_memory(browser: Any, bundle: Path, tmp_path: Path) -> None:
+    folder = write_files(files_of(bundle), tmp_path)
+    settings = json.loads((folder / "bundle.json").read_text())
+    (folder / "bundle.json").write_text(json.dumps({**settings, "context": 200_000_000}))
+    with plain_server(folder) as address, visit(browser, offline_use=False) as seen:
+        seen.page.goto(address)
+        seen.page.locator(FAILED).wait_for()
+        assert "too little free memory for the model, which has 0.2 MB" in seen.text("problem-text")
+
+
 def test_a_model_that_llama_cpp_refuses(browser: Any, tmp_path: Path) -> None:
     expert = make_expert(tmp_path / "expert", layout="uniform")
     path = expert.of("gguf").path

@@ -15,6 +15,7 @@ let answering = null; // AbortController of the answer that is being given
 start().catch(fail);
 
 async function start() {
+  lock(); // Firefox brings the state of the last visit back
   const missing = lacking();
   if (missing) {
     throw new Error(`This browser has no ${missing}. Use a Chrome, Edge, Firefox or Safari of the last two years.`);
@@ -176,19 +177,23 @@ function settle() {
   at("talk").setAttribute("aria-busy", String(busy));
 }
 
+function lock() {
+  for (const id of ["question", "send", "new"]) at(id).disabled = true;
+  at("send").hidden = false;
+  at("stop").hidden = true;
+}
+
 function fail(error) {
   console.info(error);
   at("loading").hidden = true;
   at("problem").hidden = false;
   at("problem-text").textContent = inWords(error);
-  for (const id of ["question", "send", "new"]) at(id).disabled = true;
-  at("send").hidden = false;
-  at("stop").hidden = true;
+  lock();
   at("problem").scrollIntoView({ block: "center" });
 }
 
 function inWords(error) {
-  const needed = bundle ? megabytes(1.6 * bundle.model.reduce((sum, file) => sum + file.bytes, 0)) : "";
+  const size = bundle ? `, which has ${megabytes(bundle.model.reduce((sum, file) => sum + file.bytes, 0))} and needs more` : "";
   if (error.kind === "offline") {
     return `There is no connection, and not all of the model is on this device yet (${error.message}). Connect and try again; after one full load it works without a network.`;
   }
@@ -197,7 +202,7 @@ function inWords(error) {
     return `${error.message} is damaged or of another version than this page. Try again; if that does not help, the files have to be uploaded again.`;
   }
   if (error instanceof RangeError || /memory|alloc|OOM/i.test(error.message)) {
-    return `This device has too little free memory for the model (about ${needed}). Close other pages and programs and try again. (${error.message})`;
+    return `This device has too little free memory for the model${size}. Close other pages and programs and try again. (${error.message})`;
   }
   return bundle ? `The model stopped: ${error.message}` : error.message;
 }
@@ -208,7 +213,7 @@ const tell = (words) => (at("status").textContent = words);
 at("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   const question = at("question").value.trim();
-  if (!question || answering) return;
+  if (!question || at("send").disabled) return;
   if (!at("settings").reportValidity()) {
     at("about").open = true;
     return;

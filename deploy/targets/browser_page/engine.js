@@ -4,6 +4,7 @@ import { Wllama } from "./wllama/wllama.js";
 
 const BATCH = 128; // tokens of a prompt at once; more costs memory and gains nothing here
 const MIB = 2 ** 20;
+const FAILURE = /(?:error loading model|failed to initialize the context): (.+)/;
 const BUFFER = / (\S+) buffer size = +([\d.]+) MiB/;
 // A model without a chat template gets the talk as paragraphs.
 const PLAIN = "{% for message in messages %}{{ message.content + '\\n\\n' }}{% endfor %}";
@@ -66,7 +67,7 @@ export class Engine {
     });
     URL.revokeObjectURL(wasm);
     if (!this.#wllama.getModelMetadata().hparams.nLayer) {
-      const reasons = this.#log.map((line) => /error loading model: (.+)/.exec(line)?.[1]).filter(Boolean);
+      const reasons = this.#log.map((line) => FAILURE.exec(line)?.[1]).filter(Boolean);
       throw new Error(reasons[0] ?? (this.#log.slice(-3).join("; ") || "llama.cpp gave no reason"));
     }
   }
