@@ -221,7 +221,7 @@ def _notes(artifact: Artifact, model: list[Large]) -> Notes:
             "Safari, and older browsers with SIMD and exceptions in WebAssembly: its slower build, also in this bundle",
         ),
         unproven=(
-            "Pages of this kind are tested in headless Chromium on Linux, with both builds of wllama, and were tried once "
-            "in Firefox ESR 153; Safari and phones have not been tried.",
+            "Pages of this kind are tested in headless Chromium on Linux, with both builds of wllama, and were tried "
+            "once in Firefox ESR 153; Safari and phones have not been tried.",
         ),
     )

@@ -24,6 +24,12 @@ from tests.deploy.bundles_made import make_expert, plain_server, write_files
 pytestmark = pytest.mark.browser
 READY, FAILED = "#send:enabled", "#problem:visible"
 WORD = re.compile(r"[A-Za-z]{2,}")
+# Notes what the page tells while it loads.
+WATCH = """addEventListener("DOMContentLoaded", () => {
+  const [bar, text] = ["progress", "loading-text"].map((id) => document.getElementById(id));
+  globalThis.told = [];
+  new MutationObserver(() => told.push([bar.value, text.textContent])).observe(text, {childList: true});
+})"""
 QUESTION = "The tenant shall pay the rent"
 
 
@@ -99,7 +105,7 @@ def visit(browser: Any, offline_use: bool = True, **settings: Any) -> Iterator[V
     context = browser.new_context(viewport={"width": 1280, "height": 800}, **settings)
     if not offline_use:
         context.add_init_script("delete Navigator.prototype.serviceWorker")
-    context.set_default_timeout(int(__import__("os").environ.get("T", "60000")))
+    context.set_default_timeout(60_000)
     yield Visit(context)
     context.close()
 
@@ -185,13 +191,19 @@ def test_the_build_for_safari(browser: Any, bundle: Path, expert: Expert) -> Non
 
 def test_a_model_in_parts(browser: Any, expert: Expert, tmp_path: Path) -> None:
     files = Files()
-    gather(expert, files, Wish(), most=int(__import__("os").environ.get("T", "60000")))
+    gather(expert, files, Wish(), most=60_000)
     folder = write_files(files, tmp_path)
     parts = sorted(path.name for path in (folder / "model").iterdir())
     assert len(parts) > 2
     assert parts[0].endswith(f"-00001-of-{len(parts):05d}.gguf")
     with plain_server(folder) as address, visit(browser) as seen:
+        seen.context.add_init_script(WATCH)
         seen.open(address)
+        told = [(value, text) for value, text in seen.page.evaluate("told") if text.startswith("Loading the model")]
+        assert len(told) > len(parts)
+        assert sorted(value for value, _ in told) == [value for value, _ in told]
+        assert told[-1][0] == 1
+        assert re.fullmatch(r"Loading the model: (\d\.\d MB) of \1", told[-1][1])
         assert seen.ask() == expected(expert)
         assert sum(url.endswith(".gguf") for url in seen.asked) == len(parts)
 
@@ -283,11 +295,11 @@ def test_what_goes_wrong_is_said_in_words(browser: Any, bundle: Path, tmp_path: 
 def test_too_little_memory(browser: Any, bundle: Path, tmp_path: Path) -> None:
     folder = write_files(files_of(bundle), tmp_path)
     settings = json.loads((folder / "bundle.json").read_text())
-    (folder / "bundle.json").write_text(json.dumps({**settings, "context": 200_000_000}))
+    (folder / "bundle.json").write_text(json.dumps({**settings, "context": 2_000_000_000}))
     with plain_server(folder) as address, visit(browser, offline_use=False) as seen:
         seen.page.goto(address)
         seen.page.locator(FAILED).wait_for()
-        assert "too little free memory for the model, which has 0.2 MB" in seen.text("problem-text")
+        assert "too little free memory for the model, which has 0.1 MB" in seen.text("problem-text")
 
 
 def test_a_model_that_llama_cpp_refuses(browser: Any, tmp_path: Path) -> None:

@@ -12,8 +12,6 @@ import pytest
 from cusprun.deploy.static import make_app, serve_folder
 from cusprun.errors import InvalidRequest
 
-pytest.importorskip("starlette")
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
