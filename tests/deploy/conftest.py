@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tests import pico
 def pico_expert(tmp_path_factory: pytest.TempPathFactory, own_text: Path) -> Path:
     """The folder of a per-layer Llama expert named pico-legal: gguf/ in q8_0, onnx/int4, report.json. Read only.
 
-    The GGUF is measured; the ONNX model joins in a second build, which measures nothing.
+    The GGUF alone is measured: a build that measures nothing goes on from the stages of one that does.
     """
     from cusprun.build import build
     from cusprun.recipe import make_recipe
@@ -23,10 +24,13 @@ def pico_expert(tmp_path_factory: pytest.TempPathFactory, own_text: Path) -> Pat
     dense = pico.save_model(folder / "pico-llama")
     (dense / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n\nA tiny random model.\n")
     wish: dict[str, Any] = {
-        "model": str(dense), "corpus": (str(own_text),), "out": folder / "expert", "name": "pico-legal",
-        "ratio": 0.3, "tokens": 2048, "window": 64, "align": 8, "quant": ("q8_0",), "rounding": "nearest",
+        "model": str(dense), "corpus": (str(own_text),), "name": "pico-legal",
+        "ratio": 0.3, "tokens": 2048, "window": 64, "align": 8, "rounding": "nearest",
         "eval_tokens": 1024, "repetitions": 2, "threads": 1,
     }  # fmt: skip
-    build(make_recipe(wish))
-    build(make_recipe({**wish, "quant": ("q8_0", "int4"), "measure": False}))
-    return folder / "expert"
+    measured, expert = folder / "measured", folder / "expert"
+    build(make_recipe({**wish, "quant": ("q8_0",), "out": measured}))
+    shutil.copytree(measured / ".stages", expert / ".stages")
+    build(make_recipe({**wish, "quant": ("q8_0", "int4"), "measure": False, "out": expert}))
+    shutil.copytree(measured / "report", expert / "report")
+    return expert
