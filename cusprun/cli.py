@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cusprun import __version__, cli_corpora, cli_measure, flags
+from cusprun import __version__, cli_corpora, cli_measure, cli_ship, flags
 from cusprun.errors import Failed, InvalidRequest, reason_of
 from cusprun.flags import Json, print_json
 
@@ -168,6 +168,8 @@ app.command()(cli_measure.bench)
 app.command("eval")(cli_measure.evaluate)
 app.command()(cli_measure.compare)
 app.command()(cli_measure.report)
+for _command in (cli_ship.ship, cli_ship.verify, cli_ship.unpack, cli_ship.keygen):
+    app.command()(_command)
 
 
 @app.command()

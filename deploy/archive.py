@@ -1,8 +1,8 @@
 """Bundles as one file, .tar.zst or .zip: the same files give the same bytes, whenever and wherever they are packed.
 
-Only regular files in a fixed form are written, so the reader takes that form alone, byte for byte: no links, no folders,
-no dates, no comments, nothing behind the end, and no two files of one name. A .zip stores its files as they are, because
-quantized weights hardly shrink and compressors differ from machine to machine; it ends at 4 GiB.
+Only regular files in a fixed form are written, so the reader takes that form alone, byte for byte: no links, no
+folders, no dates, no comments, nothing behind the end, and no two files of one name. A .zip stores its files as they
+are, because quantized weights hardly shrink and compressors differ from machine to machine; it ends at 4 GiB.
 """
 
 from __future__ import annotations
@@ -206,9 +206,8 @@ def _tar_member(path: Path, header: bytes, read: Callable[[int], bytes]) -> Memb
         while left:
             yield read(min(left, PIECE))
             left -= min(left, PIECE)
-        if padding := -info.size % BLOCK:
-            if read(padding) != bytes(padding):
-                _damaged(path, f"something stands behind {info.name}")
+        if (padding := -info.size % BLOCK) and read(padding) != bytes(padding):
+            _damaged(path, f"something stands behind {info.name}")
 
     return Member(info.name, info.size, executable, pieces())
 

@@ -195,6 +195,6 @@ def _cryptography() -> tuple[Any, Any]:
 def _package() -> tuple[Any, Any]:
     try:
         from model_signing import signing, verifying
-    except ModuleNotFoundError as error:
+    except ModuleNotFoundError as error:  # also of what it needs without saying so: pyOpenSSL
         raise MissingPackage("model-signing", "ship", "a signature") from error
     return signing, verifying

@@ -1,7 +1,7 @@
 """Holds a bundle, a folder or an archive, against its manifest and its signature; unpacks archives that hold.
 
-Every file that was changed, removed, added, renamed, truncated or swapped is named. Without a key that proves the absence
-of accidents alone: whoever changes a bundle on purpose can write its manifest anew.
+Every file that was changed, removed, added, renamed, truncated or swapped is named. Without a key that proves the
+absence of accidents alone: whoever changes a bundle on purpose can write its manifest anew.
 """
 
 from __future__ import annotations
