@@ -154,7 +154,7 @@ def _complete(expert: Expert, target: str, files: Files, notes: Notes, signer: S
 
     shipped, origin = _shipped(expert, files), trace(expert)
     first = next(iter(shipped.values()), None)
-    figures = None if first is None else read_figures(expert, first)
+    figures = None if first is None or not _is_built(expert, first) else read_figures(expert, first)
     hashes = {name: source.sha256() for name, source in files}
     files.add("expert.json", _card(expert, shipped, origin, measured=figures is not None))
     files.add(CARD, write_card(expert, shipped, figures, origin))
@@ -185,21 +185,28 @@ def _shipped(expert: Expert, files: Files) -> dict[str, Artifact]:
 def _card(expert: Expert, shipped: Mapping[str, Artifact], origin: Provenance, *, measured: bool) -> str:
     """expert.json as the receiver gets it: artifacts by their places in the bundle, and no path of the maker's."""
     card = expert.card
-    entries = {(entry["format"], entry["quant"]): entry for entry in card["artifacts"]}
+    entries = {entry["sha256"]: entry for entry in card["artifacts"]}
     kept = {key: card[key] for key in ("schema_version", "name", "cusprun", "scenario", "expert") if key in card}
     kept["base"] = {**card["base"], "id": origin.hub_id or origin.base}
     kept["method"] = card.get("method")
     kept["artifacts"] = [
-        {**entries.get((one.format, one.quant), {}), "path": name, "bytes": one.bytes, "sha256": one.sha256}
+        {
+            **entries.get(
+                one.sha256, {"format": one.format, "quant": one.quant, "bytes": one.bytes, "sha256": one.sha256}
+            ),
+            "path": name,
+        }
         for name, one in shipped.items()
     ]
-    kept["figures"] = card.get("figures") if measured and _is_first(expert, shipped) else None
+    first = card["artifacts"][0]["sha256"] if card["artifacts"] else None  # the figures are of this one
+    own = measured and next(iter(shipped.values())).sha256 == first
+    kept["figures"] = card.get("figures") if own else None
     return json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
 
 
-def _is_first(expert: Expert, shipped: Mapping[str, Artifact]) -> bool:
-    """Whether the figures of expert.json, which are of the first artifact, are those of what is shipped."""
-    return bool(expert.artifacts) and next(iter(shipped.values())) == expert.artifacts[0]
+def _is_built(expert: Expert, artifact: Artifact) -> bool:
+    """Whether an artifact is one of the build, and not one that was written to be shipped."""
+    return artifact.sha256 in {entry["sha256"] for entry in expert.card["artifacts"]}
 
 
 def _write(expert: Expert, target: str, files: Files, notes: Notes, signer: Signer | None, places: _Places) -> Bundle:

@@ -28,6 +28,26 @@ if "%PORT%"=="" set PORT=8080
 where llama-server >nul 2>nul || (echo llama-server is missing: install llama.cpp, see README.md & exit /b 1)
 llama-server --model "{gguf}" --host 127.0.0.1 --port %PORT% --ctx-size {context} --jinja %*
 """
+LLAMA_CPP = """With [llama.cpp](https://github.com/ggml-org/llama.cpp) installed, a page to chat on and an OpenAI-compatible
+API, for this computer alone:
+
+    ./start.sh
+
+On Windows double-click `start.bat`, or in the terminal:
+
+    llama-cli --model {gguf} --jinja --conversation"""
+OLLAMA = """With Ollama:
+
+    ollama create {name} -f Modelfile
+    ollama run {name}"""
+NOT_OLLAMA = """This file has layers of different widths (architecture `{arch}`), which Ollama is not known to open: where it
+fails, use llama.cpp, or ask the maker for a bundle made with `--layout uniform`."""
+NO_MODELFILE = """There is no Modelfile for Ollama: the model's chat template is of no kind that is known in Ollama's form.
+llama.cpp takes the one inside the file."""
+CUSPRUN = """With cusprun:
+
+    cusprun-edge chat .
+    cusprun-edge serve ."""
 
 
 def gather(expert: Expert, files: Files, wish: Wish) -> Notes:
@@ -48,33 +68,17 @@ def _gguf(expert: Expert, artifact: Artifact, files: Files) -> Notes:
         ends = [special_token(info, expert.model, kind) for kind in ("eos", "eot")]
         files.add(MODELFILE, write_modelfile(name, turns, context=context, sampling=sampling, ends=ends))
     per_layer = info.architecture in PER_LAYER
-    parts = [
-        f"With [llama.cpp](https://github.com/ggml-org/llama.cpp) installed, a page to chat on and an "
-        "OpenAI-compatible API, for this computer alone:\n\n    ./start.sh\n\nOn Windows double-click `start.bat`, or in "
-        f"the terminal:\n\n    llama-cli --model {name} --jinja --conversation",
-    ]
-    if turns is not None:
-        warning = (
-            f"\n\nThis file has layers of different widths (architecture `{info.architecture}`), which Ollama is not "
-            "known to open: where `ollama create` or `ollama run` fails, use llama.cpp, or ask the maker for a bundle made "
-            "with `--layout uniform`."
-            if per_layer
-            else ""
-        )
-        parts.append(
-            f"With Ollama:\n\n    ollama create {expert.name.lower()} -f Modelfile\n"
-            f"    ollama run {expert.name.lower()}" + warning
-        )
+    parts = [LLAMA_CPP.format(gguf=name)]
+    if turns is None:
+        parts.append(NO_MODELFILE)
     else:
-        parts.append(
-            "There is no Modelfile for Ollama: the model's chat template is of no kind that is known in Ollama's form. "
-            "llama.cpp takes the one inside the file."
-        )
-    parts.append("With cusprun:\n\n    cusprun-edge chat .\n    cusprun-edge serve .")
+        parts.append(OLLAMA.format(name=expert.name.lower()))
+        parts += [NOT_OLLAMA.format(arch=info.architecture)] if per_layer else []
+    parts.append(CUSPRUN)
     needs = [f"llama.cpp that knows the architecture `{info.architecture}`" if per_layer else "llama.cpp, or what is "
              "made with it (Ollama, LM Studio, llama-cpp-python)"]  # fmt: skip
     if per_layer:
-        needs.append("not: Ollama and other programs that expect one width for all layers")
+        needs.append("no program that expects one width for all layers: Ollama is not known to open it")
     return Notes(
         "\n\n".join(parts),
         tuple(needs),
