@@ -51,8 +51,9 @@ def _front_matter(
     scenario = expert.card.get("scenario") or {}
     results = [
         EvalResult(
-            task_type="text-generation", dataset_type="held-out", dataset_config=row.text, dataset_name=f"held-out: {row.text}",
-            metric_type=row.key, metric_name=METRICS[row.key], metric_value=row.expert,
+            task_type="text-generation", dataset_type="held-out", dataset_config=row.text,
+            dataset_name=f"held-out: {row.text}", metric_type=row.key,
+            metric_name=METRICS[row.key], metric_value=row.expert,
         )
         for row in (figures.rows if figures else ())
         if row.key in METRICS

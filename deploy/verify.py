@@ -23,6 +23,7 @@ from cusprun.files import folder_written_whole
 
 KEPT = {MANIFEST: LONGEST_MANIFEST, SIGNATURE: LONGEST_SIGNATURE}  # files whose content is read, with the most bytes
 MOST_TOLD = 20  # problems
+DEEPEST = 120  # folders within folders
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,8 @@ def _read_folder(folder: Path) -> tuple[dict[str, _Found], dict[str, bytes], lis
 
 def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
     """Everything below a folder that is no folder with something in it; links are not followed."""
+    if prefix.count("/") > DEEPEST:
+        raise Failed(f"{prefix} lies deeper than any file of a bundle")
     with os.scandir(folder) as entries:
         listed = sorted(entries, key=lambda entry: entry.name)
     for entry in listed:
@@ -205,6 +208,9 @@ def _differences(manifest: Manifest, found: dict[str, _Found]) -> Iterator[str]:
             yield f"{name} is called {names[0]!r}"
         else:
             yield f"{name} is missing"
+    for name in sorted(own & found.keys()):
+        if found[name].executable:
+            yield f"{name} is marked as a program"
     for name in sorted(added):
         yield f"{name!r} was added: the manifest does not list it"
 

@@ -32,7 +32,9 @@ def fill_up(model: Path, out: Path) -> Anatomy:
     if len(groups) != 1:
         raise InvalidRequest(f"{model}: query heads per kv head differ from layer to layer: {sorted(groups)}")
     widest = LayerWidths(
-        *(max(getattr(layer, key) for layer in anatomy.layers) for key in ("ffn", "heads", "kv_heads"))
+        ffn=max(layer.ffn for layer in anatomy.layers),
+        heads=max(layer.heads for layer in anatomy.layers),
+        kv_heads=max(layer.kv_heads for layer in anatomy.layers),
     )
     uniform = anatomy.with_layers([widest] * len(anatomy.layers))
     weights, shapes = Weights(model), dict(uniform.tensor_shapes())

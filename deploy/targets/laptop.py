@@ -28,8 +28,8 @@ if "%PORT%"=="" set PORT=8080
 where llama-server >nul 2>nul || (echo llama-server is missing: install llama.cpp, see README.md & exit /b 1)
 llama-server --model "{gguf}" --host 127.0.0.1 --port %PORT% --ctx-size {context} --jinja %*
 """
-LLAMA_CPP = """With [llama.cpp](https://github.com/ggml-org/llama.cpp) installed, a page to chat on and an OpenAI-compatible
-API, for this computer alone:
+LLAMA_CPP = """With [llama.cpp](https://github.com/ggml-org/llama.cpp) installed, a page to chat on and an
+OpenAI-compatible API, for this computer alone:
 
     ./start.sh
 
@@ -40,10 +40,10 @@ OLLAMA = """With Ollama:
 
     ollama create {name} -f Modelfile
     ollama run {name}"""
-NOT_OLLAMA = """This file has layers of different widths (architecture `{arch}`), which Ollama is not known to open: where it
-fails, use llama.cpp, or ask the maker for a bundle made with `--layout uniform`."""
-NO_MODELFILE = """There is no Modelfile for Ollama: the model's chat template is of no kind that is known in Ollama's form.
-llama.cpp takes the one inside the file."""
+NOT_OLLAMA = """This file has layers of different widths (architecture `{arch}`), which Ollama is not known to open:
+where it fails, use llama.cpp, or ask the maker for a bundle made with `--layout uniform`."""
+NO_MODELFILE = """There is no Modelfile for Ollama: the model's chat template is of no kind that is known in Ollama's
+form. llama.cpp takes the one inside the file."""
 CUSPRUN = """With cusprun:
 
     cusprun-edge chat .
