@@ -7,6 +7,7 @@ are, because quantized weights hardly shrink and compressors differ from machine
 
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 import tarfile
@@ -24,11 +25,14 @@ SUFFIXES = {"tar.zst": ".tar.zst", "zip": ".zip"}
 PIECE = 1 << 20
 BLOCK = 512  # bytes of a tar header
 LEVEL = 10
-LARGEST_WINDOW = 1 << 27  # bytes that a .zst may make its reader keep
+WINDOW_BITS = 23  # a .zst makes its reader keep 8 MiB
 MOST_BYTES = 256 << 30  # of all files together
 LARGEST_RATIO = 100  # files over archive, beyond what is small
 SMALL = 256 << 20
-FRAME = b"\x28\xb5\x2f\xfd\x04"  # Zstandard's magic number, and a frame with a checksum and nothing else
+# Zstandard's magic number, a frame with a checksum and nothing else, and its window.
+FRAME = bytes((0x28, 0xB5, 0x2F, 0xFD, 0x04, WINDOW_BITS - 10 << 3))
+# A frame that decompressors skip, with the sha256 of all before it: a compressed stream has bits that mean nothing.
+SEAL = struct.pack("<II", 0x184D2A5C, 32)
 SIP = 1024  # compressed bytes taken at a time: no more than 32 MiB come of them
 USTAR_LARGEST = 8 << 30
 ZIP_LARGEST = 0xFFFFFFFF
@@ -47,7 +51,7 @@ class Packed:
 
     name: str
     path: Path
-    bytes: int
+    size: int  # bytes
     executable: bool
 
 
@@ -56,7 +60,7 @@ class Member:
     """One file of an archive that is read; ``pieces`` has to be used up before the next member."""
 
     name: str
-    bytes: int
+    size: int  # bytes
     executable: bool
     pieces: Iterator[bytes]
 
@@ -68,7 +72,7 @@ def archive_kind(path: Path) -> str | None:
 
 def write_archive(path: Path, kind: str, top: str, files: Iterable[Packed]) -> None:
     """Packs ``files`` below one folder named ``top``. Raises InvalidRequest where a .zip cannot hold them."""
-    rows = [Packed(f"{top}/{file.name}", file.path, file.bytes, file.executable) for file in files]
+    rows = [Packed(f"{top}/{file.name}", file.path, file.size, file.executable) for file in files]
     with path.open("xb") as sink:
         (_write_tar if kind == "tar.zst" else _write_zip)(sink, rows)
 
@@ -97,10 +101,10 @@ def _checked(path: Path, members: Iterable[Member]) -> Iterator[Member]:
         folder, slash, name = member.name.partition("/")
         if not slash or top not in (None, folder):
             raise Failed(f"{path.name}: {member.name} does not lie in the one folder that a bundle has")
-        top, total = folder, total + member.bytes
+        top, total = folder, total + member.size
         if total > most:
             raise Failed(f"{path.name} would unpack to more than {most >> 20} MiB: it is no bundle of this size")
-        yield Member(name, member.bytes, member.executable, member.pieces)
+        yield Member(name, member.size, member.executable, member.pieces)
     if top is None:
         raise Failed(f"{path.name} is empty")
 
@@ -108,23 +112,46 @@ def _checked(path: Path, members: Iterable[Member]) -> Iterator[Member]:
 # tar.zst -------------------------------------------------------------------------------------------------------------
 
 
+class _Hashed:
+    """Writes on, and hashes what it wrote."""
+
+    def __init__(self, sink: BinaryIO) -> None:
+        self._sink, self.digest = sink, hashlib.sha256()
+
+    def write(self, piece: bytes) -> int:
+        self.digest.update(piece)
+        return self._sink.write(piece)
+
+
 def _write_tar(sink: BinaryIO, files: Iterable[Packed]) -> None:
-    compressor = _zstandard().ZstdCompressor(level=LEVEL, write_checksum=True, write_content_size=False, threads=0)
+    hashed = _Hashed(sink)
+    _write_frame(hashed, files)
+    sink.write(SEAL + hashed.digest.digest())
+
+
+def _write_frame(sink: _Hashed, files: Iterable[Packed]) -> None:
+    zstandard = _zstandard()
+    settings = zstandard.ZstdCompressionParameters.from_level(
+        LEVEL, window_log=WINDOW_BITS, write_checksum=True, write_content_size=False, threads=0
+    )
+    compressor = zstandard.ZstdCompressor(compression_params=settings)
     with compressor.stream_writer(sink, closefd=False) as stream:
         for file in files:
-            stream.write(_tar_header(file.name, file.bytes, file.executable))
+            stream.write(_tar_header(file.name, file.size, file.executable))
             for piece in _exactly(file):
                 stream.write(piece)
-            stream.write(bytes(-file.bytes % BLOCK))
+            stream.write(bytes(-file.size % BLOCK))
         stream.write(bytes(2 * BLOCK))
 
 
 def _tar_header(name: str, size: int, executable: bool) -> bytes:
     info = tarfile.TarInfo(name)
     info.size, info.mode, info.mtime = size, 0o755 if executable else 0o644, 0
-    form = tarfile.USTAR_FORMAT if size < USTAR_LARGEST else tarfile.GNU_FORMAT
     try:
-        header = info.tobuf(form, "utf-8", "strict")
+        if size < USTAR_LARGEST:
+            header = info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
+        else:
+            header = info.tobuf(tarfile.GNU_FORMAT, "utf-8", "strict")
     except ValueError as error:
         raise InvalidRequest(f"a .tar cannot hold {name}: {error}") from error
     if len(header) != BLOCK:
@@ -146,10 +173,11 @@ class _Frame:
     """One frame of Zstandard, read in bounded memory; what it began with is what :func:`_write_tar` writes."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
+        self._left = _check_seal(path, file)
         zstandard = _zstandard()
         self._path, self._file, self._error = path, file, zstandard.ZstdError
-        self._stream = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW).decompressobj()
-        begin = file.read(len(FRAME))
+        self._stream = zstandard.ZstdDecompressor(max_window_size=1 << WINDOW_BITS).decompressobj()
+        begin = self._sip(len(FRAME))
         if begin != FRAME:
             _damaged(path, "it does not begin as a .tar.zst of ours")
         self._ready = bytearray(self._decompress(begin))
@@ -157,7 +185,7 @@ class _Frame:
     def read(self, count: int) -> bytes:
         """The next ``count`` bytes. Raises Failed where there are fewer."""
         while len(self._ready) < count:
-            piece = b"" if self._stream.eof else self._file.read(SIP)
+            piece = b"" if self._stream.eof else self._sip()
             if not piece:
                 _damaged(self._path, "it ends before its end")
             self._ready += self._decompress(piece)
@@ -167,20 +195,45 @@ class _Frame:
 
     def close(self) -> None:
         """Raises Failed where anything stands behind what was read, or the frame's own checksum is missing."""
-        while not self._stream.eof and (piece := self._file.read(SIP)):
+        while not self._stream.eof and (piece := self._sip()):
             self._ready += self._decompress(piece)
             if self._ready:
                 break
         if not self._stream.eof and not self._ready:
             _damaged(self._path, "it ends before its end")
-        if self._ready or self._stream.unused_data or self._file.read(1):
+        if self._ready or self._stream.unused_data or self._left:
             _damaged(self._path, "something stands behind its end")
+
+    def _sip(self, most: int = SIP) -> bytes:
+        """The next compressed bytes before the seal."""
+        piece = self._file.read(min(most, self._left))
+        self._left -= len(piece)
+        return piece
 
     def _decompress(self, piece: bytes) -> bytes:
         try:
             return bytes(self._stream.decompress(piece))
         except self._error as error:
             raise Failed(f"{self._path.name} is damaged: it does not decompress ({error})") from error
+
+
+def _check_seal(path: Path, file: BinaryIO) -> int:
+    """Bytes before the seal. Raises Failed where they are not those that were sealed."""
+    length = file.seek(0, io.SEEK_END) - len(SEAL) - 32
+    file.seek(max(0, length))
+    seal = file.read()
+    if length < 0 or not seal.startswith(SEAL):
+        _damaged(path, "it does not end as a .tar.zst of ours")
+    file.seek(0)
+    digest, left = hashlib.sha256(), length
+    while left:
+        piece = file.read(min(left, PIECE))
+        digest.update(piece)
+        left -= len(piece)
+    if digest.digest() != seal[len(SEAL) :]:
+        _damaged(path, "its bytes are not those that it was written with")
+    file.seek(0)
+    return length
 
 
 def _tar_member(path: Path, header: bytes, read: Callable[[int], bytes]) -> Member:
@@ -222,7 +275,7 @@ def _write_zip(sink: BinaryIO, files: Iterable[Packed]) -> None:
         for piece in _exactly(file):
             crc = zlib.crc32(piece, crc)
         offset = sink.tell()
-        local, entry = _zip_headers(file.name, file.bytes, crc, file.executable, offset)
+        local, entry = _zip_headers(file.name, file.size, crc, file.executable, offset)
         central.append(entry)
         sink.write(local)
         for piece in _exactly(file):
@@ -319,7 +372,7 @@ def _zip_member(path: Path, file: BinaryIO, directory: bytes, at: int, offset: i
 
 def _exactly(file: Packed) -> Iterator[bytes]:
     """A file's bytes. Raises Failed where there are more or fewer than was said."""
-    left = file.bytes
+    left = file.size
     with file.path.open("rb") as source:
         while piece := source.read(PIECE):
             left -= len(piece)

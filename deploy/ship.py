@@ -186,7 +186,9 @@ def _card(expert: Expert, shipped: Mapping[str, Artifact], origin: Provenance, *
     """expert.json as the receiver gets it: artifacts by their places in the bundle, and no path of the maker's."""
     card = expert.card
     entries = {entry["sha256"]: entry for entry in card["artifacts"]}
-    kept = {key: card[key] for key in ("schema_version", "name", "cusprun", "scenario", "expert") if key in card}
+    kept: dict[str, Any] = {
+        key: card[key] for key in ("schema_version", "name", "cusprun", "scenario", "expert") if key in card
+    }
     kept["base"] = {**card["base"], "id": origin.hub_id or origin.base}
     kept["method"] = card.get("method")
     kept["artifacts"] = [

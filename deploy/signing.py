@@ -154,9 +154,9 @@ def _known(hashes: Mapping[str, str]) -> Any:
     )
     items = [form.new_item(name, Digest("sha256", bytes.fromhex(digest))) for name, digest in hashes.items()]
 
-    class Known(hashing.Config):  # type: ignore[misc]
-        def hash(self, model_path: Path, *, files_to_hash: Any = None) -> Any:
-            return manifest.Manifest(model_path.name, items, form)
+    class Known(hashing.Config):
+        def hash(self, model_path: Any, *, files_to_hash: Any = None) -> Any:
+            return manifest.Manifest(Path(model_path).name, items, form)
 
     return Known()
 

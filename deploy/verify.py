@@ -90,7 +90,7 @@ def unpack(bundle: Path, out: Path, key: Path | None = None) -> Verified:
         kept: dict[str, bytes] = {}
         found: dict[str, _Found] = {}
         for member in read_archive(bundle):
-            room -= member.bytes
+            room -= member.size
             if room < 0:
                 raise Failed(f"{bundle.name} holds more than is free on the disk of {out}: make room")
             found[member.name] = _take(member, kept, part / member.name)
@@ -100,7 +100,7 @@ def unpack(bundle: Path, out: Path, key: Path | None = None) -> Verified:
 def _take(member: Member, kept: dict[str, bytes], path: Path | None) -> _Found:
     """Reads a member of an archive, into ``path`` where that is given."""
     digest, content = hashlib.sha256(), bytearray()
-    keep = _keeps(member.name, member.bytes)
+    keep = _keeps(member.name, member.size)
     if path is None:
         for piece in member.pieces:
             digest.update(piece)
@@ -115,7 +115,7 @@ def _take(member: Member, kept: dict[str, bytes], path: Path | None) -> _Found:
         path.chmod(0o755 if member.executable else 0o644)
     if keep:
         kept[member.name] = bytes(content)
-    return _Found(member.bytes, digest.hexdigest(), member.executable)
+    return _Found(member.size, digest.hexdigest(), member.executable)
 
 
 def _keeps(name: str, size: int) -> bool:
