@@ -24,7 +24,7 @@ from cusprun.deploy.model_card import CARD, add_licences, write_card
 from cusprun.deploy.names import Names
 from cusprun.deploy.provenance import Provenance, trace
 from cusprun.deploy.signing import Signer
-from cusprun.deploy.targets import NAMES, Notes, Wish, find_target
+from cusprun.deploy.targets import NAMES, PER_LAYER, Notes, Wish, find_target
 from cusprun.errors import InvalidRequest
 from cusprun.files import aside, folder_written_whole, sha256_file, sha256_tree
 from cusprun.progress import say
@@ -110,6 +110,10 @@ def ship(
             expert = with_uniform(expert, wish, Path(scratch))
         files = Files()
         notes = find_target(target)(expert, files, wish)
+        if layout is None and _is_per_layer(expert, files):
+            say(
+                "its layers differ in width, which Ollama is not known to open: --layout uniform ships one that it does"
+            )
         _complete(expert, target, files, notes, signer)
         return _write(expert, target, files, notes, signer, places)
 
@@ -152,9 +156,11 @@ def _complete(expert: Expert, target: str, files: Files, notes: Notes, signer: S
     """Adds what every bundle has to what its target put in."""
     from cusprun.deploy.readme import write_readme
 
-    shipped, origin = _shipped(expert, files), trace(expert)
-    first = next(iter(shipped.values()), None)
-    figures = None if first is None or not _is_built(expert, first) else read_figures(expert, first)
+    shipped, origin, figures = _shipped(expert, files), trace(expert), None
+    for name, one in shipped.items():
+        if _is_built(expert, one) and (figures := read_figures(expert, one)) is not None:
+            shipped = {name: one, **shipped}  # it comes first in the card
+            break
     hashes = {name: source.sha256() for name, source in files}
     files.add("expert.json", _card(expert, shipped, origin, measured=figures is not None))
     files.add(CARD, write_card(expert, shipped, figures, origin))
@@ -204,6 +210,12 @@ def _card(expert: Expert, shipped: Mapping[str, Artifact], origin: Provenance, *
     own = measured and next(iter(shipped.values())).sha256 == first
     kept["figures"] = card.get("figures") if own else None
     return json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
+
+
+def _is_per_layer(expert: Expert, files: Files) -> bool:
+    """Whether a GGUF is shipped whose layers have widths of their own."""
+    hashes = {one.sha256 for one in _shipped(expert, files).values() if one.format == "gguf"}
+    return any(entry["sha256"] in hashes and entry.get("arch") in PER_LAYER for entry in expert.card["artifacts"])
 
 
 def _is_built(expert: Expert, artifact: Artifact) -> bool:

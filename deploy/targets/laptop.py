@@ -8,10 +8,9 @@ from pathlib import Path
 from cusprun.deploy.expert import Artifact, Expert
 from cusprun.deploy.files import Files
 from cusprun.deploy.ollama import LONGEST_CONTEXT, MODELFILE, Turns, find_turns, read_sampling, write_modelfile
-from cusprun.deploy.targets import Notes, Wish
+from cusprun.deploy.targets import PER_LAYER, Notes, Wish
 from cusprun.runtimes.gguf_header import GgufInfo, load_metadata
 
-PER_LAYER = ("deci", "openelm")  # architectures that carry widths of their own in every layer
 UNIX = """#!/bin/sh
 # Serves the model to this computer alone, on http://127.0.0.1:8080 or the port in PORT.
 cd "$(dirname "$0")" || exit 1

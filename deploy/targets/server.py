@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from cusprun.deploy.expert import Expert
 from cusprun.deploy.files import Files
-from cusprun.deploy.targets import Notes, Wish
-from cusprun.deploy.targets.laptop import PER_LAYER
+from cusprun.deploy.targets import PER_LAYER, Notes, Wish
 from cusprun.errors import InvalidRequest
 from cusprun.runtimes.gguf_header import load_metadata
 

@@ -1,4 +1,4 @@
-"""Bundles for a laptop and a server out of a real build: what they hold, that they run, that they are the same again."""
+"""Bundles for a laptop and a server out of a real build: what they hold, that they run, and come out the same."""
 
 from __future__ import annotations
 
@@ -123,8 +123,8 @@ def test_a_signed_bundle_differs_in_its_signature_alone(tmp_path: Path, pico_exp
 
 def test_nothing_tells_where_or_by_whom_it_was_made(laptop: Path, onnx: Path, pico_expert: Path) -> None:
     assert str(pico_expert.parent) in (pico_expert / "expert.json").read_text()  # what must not get out
-    strange = [str(pico_expert.parent), str(Path.home()), "contracts.txt", "/tmp", os.uname().nodename]
-    strange += [getpass.getuser()] if len(getpass.getuser()) > 4 else []
+    strange = [str(pico_expert.parent), str(Path.home()), "contracts.txt", "/tmp"]
+    strange += [name for name in (getpass.getuser(), os.uname().nodename) if len(name) > 4]  # else by chance
     for bundle in (laptop, onnx):
         for path in (path for path in bundle.rglob("*") if path.is_file()):
             content = path.read_bytes()
