@@ -297,8 +297,8 @@ def test_uniform_is_the_same_model_in_an_architecture_that_all_open(tmp_path: Pa
     readme = (out / "README.md").read_text()
     assert "not known to open" not in readme
     assert "Ollama" in readme
-    logits = [runtime.prefill(runtime.encode("The tenant shall pay the rent", special=True))
-              for runtime in (open_runtime(path, threads=1), open_runtime(pico_expert / "model", threads=1))]  # fmt: skip
+    runtimes = [open_runtime(model, threads=1) for model in (path, pico_expert / "model")]
+    logits = [runtime.prefill(runtime.encode("The tenant shall pay the rent", special=True)) for runtime in runtimes]
     assert abs(logits[0] - logits[1]).max() < 0.05 * abs(logits[1]).max()  # rounded to q8_0, in other blocks
     assert json.loads((out / "expert.json").read_text())["figures"] is None
     verify(out)
@@ -378,6 +378,35 @@ def test_an_artifact_that_changed_since_the_build_is_not_shipped(tmp_path: Path,
             ship(copy, "laptop", tmp_path / "out")
         (copy / name).write_bytes(content)
     assert [path.name for path in tmp_path.iterdir()] == ["expert"]
+
+
+WITHOUT = """
+import sys
+for name in ("zstandard", "model_signing", "cyclonedx", "spdx", "cryptography"):
+    sys.modules[name] = None
+from cusprun.cli import main
+sys.argv[0] = "cusprun-edge"
+main()
+"""
+
+
+def test_without_the_extra_a_bundle_can_be_verified_and_the_rest_says_what_to_install(
+    laptop: Path, tmp_path: Path, pico_expert: Path
+) -> None:
+    def run(*arguments: object) -> tuple[int, str]:
+        done = subprocess.run([sys.executable, "-c", WITHOUT, *map(str, arguments)], capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    assert run("verify", laptop) == (0, "")
+    assert run("verify", laptop.with_name("pico.zip")) == (0, "")
+    (tmp_path / "x.tar.zst").write_bytes(b"x" * 100)
+    for arguments in (
+        ("ship", pico_expert, "--target", "laptop", "--out", tmp_path / "out"),
+        ("keygen", "--out", "key"),
+    ):
+        code, told = run(*arguments)
+        assert (code, "pip install 'cusprun[ship]'" in told) == (2, True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unfinished_bundle_leaves_nothing(
