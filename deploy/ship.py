@@ -111,9 +111,7 @@ def ship(
         files = Files()
         notes = find_target(target)(expert, files, wish)
         if layout is None and _is_per_layer(expert, files):
-            say(
-                "its layers differ in width, which Ollama is not known to open: --layout uniform ships one that it does"
-            )
+            say("its layers differ in width, which Ollama is not known to open: --layout uniform makes them alike")
         _complete(expert, target, files, notes, signer)
         return _write(expert, target, files, notes, signer, places)
 
