@@ -7,6 +7,7 @@ around them. Nothing in a bundle tells when, where or by whom it was made, so th
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from cusprun.deploy.figures import read_figures
 from cusprun.deploy.files import Files, Source
 from cusprun.deploy.manifest import MANIFEST, MOST_FILES, SIGNATURE, Entry, Manifest
 from cusprun.deploy.model_card import CARD, add_licences, write_card
-from cusprun.deploy.names import Names
+from cusprun.deploy.names import Names, why_refused
 from cusprun.deploy.provenance import Provenance, trace
 from cusprun.deploy.signing import Signer
 from cusprun.deploy.targets import NAMES, PER_LAYER, Notes, Wish, find_target
@@ -30,6 +31,7 @@ from cusprun.files import aside, folder_written_whole, sha256_file, sha256_tree
 from cusprun.progress import say
 
 README = "README.md"
+PLAIN = re.compile(r"\w[\w.+-]*")  # names that no shell reads as anything else
 # What opens it without being told how: only a server's receiver is sure to have zstd.
 ARCHIVES = {"laptop": "zip", "phone": "zip", "browser": "zip", "server": "tar.zst"}
 
@@ -100,6 +102,9 @@ def ship(
         raise InvalidRequest(f"--layout {layout}: uniform, or leave it out for the layout of the build")
     signer = Signer(sign_key, passphrase) if sign_key is not None else None
     expert = read_expert(folder)
+    for name in (expert.name, *(one.path.name for one in expert.artifacts)):
+        if not PLAIN.fullmatch(name) or why_refused(name) is not None:
+            raise InvalidRequest(f"{name!r} cannot be named in scripts on every system: build the expert with --name")
     places = _Places.choose(expert, target, out, archive)
     _check_artifacts(expert)
     wish = wish or Wish()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import random
 import struct
 import tarfile
 import zipfile
@@ -264,3 +265,29 @@ def test_what_is_no_archive(tmp_path: Path) -> None:
         verify(tmp_path / "absent.zip")
     with pytest.raises(InvalidRequest, match="is no archive"):
         unpack(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_an_archive_holds_it_is_read_or_refused(tmp_path: Path, kind: str) -> None:
+    """Damage within the seal, and to a .zip: a message of ours, never another error, and nothing outside the folder."""
+    path, chance = tmp_path / f"x.{kind}", random.Random(11)
+    write_archive(path, kind, TOP, packed(tmp_path / "in", FILES))
+    content = path.read_bytes()
+    if kind == "tar.zst":
+        content = zstandard.ZstdDecompressor().stream_reader(content).read()
+    headers = [place for place in range(len(content)) if content[place : place + 3] in (b"PK\x01", b"PK\x03", b"pic")]
+    refused = 0
+    for _ in range(400):
+        damaged = bytearray(content)
+        for _ in range(chance.randrange(1, 5)):
+            at = min(chance.choice(headers) + chance.randrange(520), len(damaged) - 1)
+            damaged[at : at + 1] = chance.choice((b"", b"\0", b"\xff", b"../", b"7", chance.randbytes(1), bytes(12)))
+        path.write_bytes(compressed(bytes(damaged)) if kind == "tar.zst" else bytes(damaged))
+        try:
+            for member in read_archive(path):
+                assert why_refused(member.name) is None
+                for _piece in member.pieces:
+                    pass
+        except Failed:
+            refused += 1
+    assert refused > 300

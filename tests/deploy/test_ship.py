@@ -368,6 +368,16 @@ def test_what_makes_no_sense(tmp_path: Path, pico_expert: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["../../evil", "a b", "$(reboot)", "CON", 'a"b', "a\nb", ""])
+def test_names_that_a_script_could_misread(tmp_path: Path, pico_expert: Path, name: str) -> None:
+    copy = tmp_path / "expert"
+    shutil.copytree(pico_expert, copy)
+    card = json.loads((copy / "expert.json").read_text())
+    (copy / "expert.json").write_text(json.dumps({**card, "name": name}))
+    with pytest.raises(InvalidRequest, match="build the expert with --name"):
+        ship(copy, "laptop", tmp_path / "out")
+
+
 def test_an_artifact_that_changed_since_the_build_is_not_shipped(tmp_path: Path, pico_expert: Path) -> None:
     copy = tmp_path / "expert"
     shutil.copytree(pico_expert, copy)
