@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cusprun.deploy.archive import SUFFIXES, Packed, archive_kind, write_archive
+from cusprun.deploy.archive import SUFFIXES, archive_kind, write_archive
 from cusprun.deploy.bom import BOM, write_bom
 from cusprun.deploy.expert import Artifact, Expert, read_expert
 from cusprun.deploy.figures import read_figures
 from cusprun.deploy.files import Files, Source
 from cusprun.deploy.manifest import MANIFEST, MOST_FILES, SIGNATURE, Entry, Manifest
+from cusprun.deploy.members import Packed
 from cusprun.deploy.model_card import CARD, add_licences, write_card
 from cusprun.deploy.names import Names, why_refused
 from cusprun.deploy.provenance import Provenance, trace

@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cusprun.deploy.archive import Member, archive_kind, read_archive
+from cusprun.deploy.archive import archive_kind, read_archive
 from cusprun.deploy.manifest import LONGEST_MANIFEST, MANIFEST, MOST_FILES, SIGNATURE, Entry, Manifest, read_manifest
+from cusprun.deploy.members import Member
 from cusprun.deploy.signing import LONGEST_SIGNATURE, check_form, check_signature
 from cusprun.errors import Failed, InvalidRequest
 from cusprun.files import folder_written_whole

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from cusprun.deploy import archive
-from cusprun.deploy.archive import Packed, read_archive, write_archive
+from cusprun.deploy import archive, stored_zip, tar_zst
+from cusprun.deploy.archive import read_archive, write_archive
+from cusprun.deploy.members import Packed
 from cusprun.deploy.names import why_refused
 from cusprun.deploy.verify import unpack, verify
 from cusprun.errors import Failed, InvalidRequest
@@ -108,14 +109,14 @@ def tar(*members: tuple[tarfile.TarInfo, bytes], tail: bytes = bytes(1024)) -> b
     return compressed(content + tail)
 
 
-def compressed(content: bytes, window: int = archive.WINDOW_BITS) -> bytes:
+def compressed(content: bytes, window: int = tar_zst.WINDOW_BITS) -> bytes:
     settings = zstandard.ZstdCompressionParameters(window_log=window, write_checksum=True, write_content_size=False)
     stream = zstandard.ZstdCompressor(compression_params=settings).compressobj()
     return sealed(stream.compress(content) + stream.flush())
 
 
 def sealed(frame: bytes) -> bytes:
-    return frame + archive.SEAL + hashlib.sha256(frame).digest()
+    return frame + tar_zst.SEAL + hashlib.sha256(frame).digest()
 
 
 def entry(
@@ -140,11 +141,11 @@ def zipped(*names: str, mode: int = 0o100644, method: int = zipfile.ZIP_STORED, 
         return buffer.getvalue()
     body, central = b"", []
     for name in names:
-        local, line = archive._zip_headers(name, len(data), zlib.crc32(data), False, len(body))
+        local, line = stored_zip.zip_headers(name, len(data), zlib.crc32(data), False, len(body))
         line = line[:38] + struct.pack("<I", mode << 16) + line[42:]
         body, central = body + local + data, [*central, line]
     directory = b"".join(central)
-    return body + directory + archive._zip_end(len(central), len(directory), len(body))
+    return body + directory + stored_zip.zip_end(len(central), len(directory), len(body))
 
 
 def patched_size(content: bytes) -> bytes:
@@ -215,7 +216,8 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], str]] = {
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_nothing_gets_out_of_a_hostile_archive(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive, "MOST_FILES", 60)
+    for module in (archive, stored_zip):
+        monkeypatch.setattr(module, "MOST_FILES", 60)
     monkeypatch.setattr(archive, "SMALL", 8 << 20)
     kind, make, message = HOSTILE[case]
     place = tmp_path / "deep" / "er"
@@ -253,7 +255,7 @@ def test_a_zip_has_an_end(tmp_path: Path) -> None:
     with large.open("wb") as file:
         file.truncate(2**32)
     with pytest.raises(InvalidRequest, match=r"4 GiB at most: write --archive tar\.zst"):
-        archive._zip_headers("a", 2**32, 0, False, 0)
+        stored_zip.zip_headers("a", 2**32, 0, False, 0)
 
 
 def test_what_is_no_archive(tmp_path: Path) -> None:
