@@ -19,6 +19,7 @@ from cusprun.recipe import DEFAULT_MODEL
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Hub ids of models that are named otherwise here.
 PUBLISHED = {DEFAULT_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+EXPRESSION = re.compile(r" (?:AND|OR|WITH) ")
 OWN = "file:"  # what the name of a user's own text begins with
 
 
@@ -48,8 +49,9 @@ class Provenance:
     @property
     def licences(self) -> tuple[str, ...]:
         """SPDX ids of everything here, each once."""
-        found = {part for text in self.texts for part in re.split(r" (?:AND|OR|WITH) ", text.licence)}
-        return tuple(sorted(found | ({spdx_id(self.licence) or self.licence} if self.licence else set())))
+        own = [self.licence] if self.licence else []
+        parts = {part for one in (*own, *(text.licence for text in self.texts)) for part in EXPRESSION.split(one)}
+        return tuple(sorted({spdx_id(part) or part for part in parts}))
 
 
 def trace(expert: Expert) -> Provenance:

@@ -16,7 +16,8 @@ def write_readme(expert: Expert, target: str, notes: Notes, origin: Provenance, 
     parts = [
         f"# {expert.name}\n",
         f"A small language model{f' for {purpose}' if purpose else ''}, cut out of {origin.base}, for a {target}. "
-        f"It runs on the device; no text leaves it. What it is for, what it costs in quality and speed: `{CARD}`.\n",
+        f"{'' if target == 'server' else 'It runs on the device, and no text leaves it. '}What it is for, what it "
+        f"costs in quality and speed: `{CARD}`.\n",
         "## Start\n",
         notes.start.strip() + "\n",
     ]

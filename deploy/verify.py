@@ -127,6 +127,8 @@ def _keeps(name: str, size: int) -> bool:
 
 def _read_folder(folder: Path) -> tuple[dict[str, _Found], dict[str, bytes], list[str]]:
     """The files of a folder, what the manifest and the signature hold, and what no bundle has."""
+    if not (folder / MANIFEST).is_file():
+        raise Failed(f"{folder} has no {MANIFEST}: it is no bundle, or it was taken out")
     found: dict[str, _Found] = {}
     kept: dict[str, bytes] = {}
     problems: list[str] = []

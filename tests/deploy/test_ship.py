@@ -306,28 +306,6 @@ def test_uniform_is_the_same_model_in_an_architecture_that_all_open(tmp_path: Pa
         ship(pico_expert, "laptop", tmp_path / "no", layout="uniform", wish=Wish(format="onnx"))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_filled_up_layers_add_nothing(tmp_path: Path, family: str) -> None:
-    import torch
-
-    from cusprun.anatomy import describe
-    from cusprun.checkpoint import load_model
-    from cusprun.compact import compact
-    from cusprun.exporters.uniform import fill_up
-    from cusprun.plan import LayerPlan, make_plan
-    from tests import pico
-
-    dense = pico.save_model(tmp_path / "dense", family)
-    kept = (LayerPlan(tuple(range(96)), (0, 1)), LayerPlan(tuple(range(32)), ()), LayerPlan(tuple(range(64)), (1,)))
-    compact(dense, make_plan(describe(dense), kept), tmp_path / "narrow")
-    fill_up(tmp_path / "narrow", tmp_path / "filled")
-    assert json.loads((tmp_path / "filled" / "config.json").read_text())["model_type"] == family
-    ids = torch.arange(3, 43).reshape(2, 20)
-    with torch.no_grad():
-        narrow, filled = (load_model(tmp_path / name)(ids).logits for name in ("narrow", "filled"))
-    torch.testing.assert_close(filled, narrow, atol=1e-5, rtol=0)
-
-
 def test_scripts_are_scripts(laptop: Path, tmp_path: Path, pico_expert: Path) -> None:
     server = tmp_path / "server"
     ship(pico_expert, "server", server, archive="none")

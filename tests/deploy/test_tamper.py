@@ -99,6 +99,9 @@ def test_what_is_added_is_found(bundle: Path) -> None:
         assert "was added" in refused(bundle)
         (bundle / name).unlink()
     assert ".git/ is an empty folder" in refused(bundle)
+    (bundle / "linked").symlink_to(bundle / "LICENSES", target_is_directory=True)
+    assert "linked is a link" in refused(bundle)
+    (bundle / "linked").unlink()
     (bundle / ".git").rmdir()
     verify(bundle)
 
