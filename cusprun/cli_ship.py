@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from cusprun import completion
 from cusprun.errors import InvalidRequest
 from cusprun.flags import Json, print_json
 
@@ -17,8 +18,10 @@ Key = Annotated[Path | None, typer.Option(help="The maker's public key, to check
 
 
 def ship(
-    expert: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that a build left.")],
-    target: Annotated[str, typer.Option(help="laptop, phone, browser or server.")],
+    expert: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The folder that a build left.", autocompletion=completion.experts)
+    ],
+    target: Annotated[str, typer.Option(help="laptop, phone, browser or server.", autocompletion=completion.targets)],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -27,10 +30,21 @@ def ship(
         ),
     ] = None,
     archive: Annotated[
-        str | None, typer.Option(help="tar.zst, zip or none; default: zip, for a server tar.zst.")
+        str | None,
+        typer.Option(
+            help="tar.zst, zip or none; default: zip, for a server tar.zst.", autocompletion=completion.archives
+        ),
     ] = None,
-    format: Annotated[str | None, typer.Option(help="gguf or onnx; default: the target's own choice.")] = None,
-    quant: Annotated[str | None, typer.Option(help="Type of the artifact; default: the first that was built.")] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="gguf or onnx, for a phone both; default: the target's own choice.", autocompletion=completion.formats
+        ),
+    ] = None,
+    quant: Annotated[
+        str | None,
+        typer.Option(help="Type of the artifact; default: the first that was built.", autocompletion=completion.types),
+    ] = None,
     layout: Annotated[
         str | None,
         typer.Option(help="uniform: a GGUF with one width for all layers, for programs that open no other."),
@@ -45,10 +59,15 @@ def ship(
     The same expert gives the same bytes, whenever and wherever it is shipped; a signature alone differs each time.
     The passphrase of an encrypted key is asked for, or taken from CUSPRUN_PASSPHRASE.
 
+    Writes the bundle's folder and its archive, as --out and --archive say.
+
+    See also: verify, keygen, doctor, serve.
+
     Example: cusprun-edge ship experts/smollm2-135m-instruct-en-legal-qa --target laptop --sign expert-key
     """
-    if format not in (None, "gguf", "onnx"):
-        raise InvalidRequest(f"--format {format}: write gguf or onnx")
+    formats = [] if format is None else format.split(",")
+    if not set(formats) <= {"gguf", "onnx"} or (len(formats) > 1 and target != "phone"):
+        raise InvalidRequest(f"--format {format}: write gguf or onnx; a phone takes both, gguf,onnx")
     from cusprun.deploy.ship import ship as run
     from cusprun.deploy.targets import Wish
 
@@ -71,6 +90,8 @@ def verify(
 
     Without a key only accidents are found: whoever changes a bundle on purpose can write its manifest anew.
 
+    See also: unpack, keygen, ship.
+
     Example: cusprun-edge verify bundles/expert-laptop.zip --key maker.pub
     """
     from cusprun.deploy.verify import verify as run
@@ -89,6 +110,8 @@ def unpack(
     json_: Json = False,
 ) -> None:
     """Unpack a bundle while it is verified: the folder appears whole and right, or not at all.
+
+    See also: verify.
 
     Example: cusprun-edge unpack expert-laptop.zip --out expert --key maker.pub
     """
@@ -109,6 +132,8 @@ def keygen(
     json_: Json = False,
 ) -> None:
     """Make a pair of keys (P-256) to sign bundles with. Keep the private one; give the .pub to who receives bundles.
+
+    See also: ship --sign, verify --key.
 
     Example: cusprun-edge keygen --out expert-key
     """
