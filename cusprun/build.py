@@ -234,6 +234,7 @@ class _Build:
                 "widths": plan.counts() if plan is not None else [],
             },
             "method": self._method(),
+            "texts": [row for row in self.cut.text.get("corpora", []) if row["side"] == "calibration"],
             "artifacts": [dict(artifact) for artifact in artifacts],
             "figures": figures,
         }

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cusprun import __version__, cli_corpora, cli_doctor, cli_measure, cli_serve, completion, flags
+from cusprun import __version__, cli_corpora, cli_doctor, cli_measure, cli_serve, cli_ship, completion, flags
 from cusprun.errors import Failed, InvalidRequest, reason_of
 from cusprun.flags import Json, print_json
 from cusprun.manual import EXIT_CODES, Manual, Sectioned
@@ -199,6 +199,8 @@ app.command("eval")(cli_measure.evaluate)
 app.command()(cli_measure.compare)
 app.command()(cli_measure.report)
 app.command()(cli_doctor.doctor)
+for _command in (cli_ship.ship, cli_ship.verify, cli_ship.unpack, cli_ship.keygen):
+    app.command()(_command)
 
 
 @app.command()

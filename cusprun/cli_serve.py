@@ -7,10 +7,16 @@ from typing import Annotated
 
 import typer
 
+from cusprun import completion
 from cusprun.errors import InvalidRequest
 
 Artifact = Annotated[
-    Path, typer.Argument(help="An expert's folder, a .gguf file, an ONNX folder or a model folder.", show_default=False)
+    Path,
+    typer.Argument(
+        help="An expert's folder, a .gguf file, an ONNX folder or a model folder.",
+        show_default=False,
+        autocompletion=completion.experts,
+    ),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads; default: physical cores.")]
 Context = Annotated[int, typer.Option(min=16, help="Tokens of prompt and answer together.")]
@@ -29,6 +35,8 @@ def run(
     threads: Threads = None,
 ) -> None:
     """Continue a text: no roles, no chat template. `chat --once` asks a question instead.
+
+    See also: chat, serve.
 
     Example: cusprun-edge run expert "This agreement is made between"
     """
@@ -66,13 +74,26 @@ def serve(
     ] = 300,
     grace: Annotated[float, typer.Option(min=0, help="Seconds for running answers after SIGTERM or Ctrl-C.")] = 30,
     threads: Threads = None,
+    browser: Annotated[
+        bool, typer.Option("--browser", help="What is named is a browser's bundle: show its page to a browser here.")
+    ] = False,
 ) -> None:
     """Answer over HTTP as OpenAI's interface does: chat and plain completions, streams, models, health, metrics.
 
     The address goes to stdout once it answers. SIGTERM or Ctrl-C lets running answers end, a second one does not.
 
+    With --browser, the page of a bundle that `ship --target browser` made, with the headers that let it use threads; of
+    the other options --host and --port count.
+
+    See also: chat, run, ship --target server.
+
     Example: cusprun-edge serve experts/smollm2-135m-instruct-en-legal-qa --port 8080
     """
+    if browser:
+        from cusprun.deploy.static import serve_folder
+
+        serve_folder(artifact, host, port)
+        return
     from cusprun.budget import parse_bytes
     from cusprun.deploy.serve import serve as answer
     from cusprun.deploy.serve.settings import Settings

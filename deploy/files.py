@@ -1,10 +1,13 @@
-"""The files of a bundle by name, gathered before anything is written, so that a bundle's bytes depend on nothing else."""
+"""The files of a bundle by name, gathered before anything is written, so that its bytes depend on nothing else."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+from cusprun.files import sha256_file
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,12 @@ class Source:
 
     def read(self) -> bytes:
         return self.content if isinstance(self.content, bytes) else self.content.read_bytes()
+
+    def sha256(self) -> str:
+        """Hex sha256 of the bytes, which are not held in memory."""
+        return (
+            hashlib.sha256(self.content).hexdigest() if isinstance(self.content, bytes) else sha256_file(self.content)
+        )
 
 
 class Files:

@@ -33,6 +33,7 @@ class Notes:
 Target = Callable[[Expert, Files, Wish], Notes]
 
 NAMES = ("laptop", "phone", "browser", "server")
+PER_LAYER = ("deci", "openelm")  # llama.cpp's architectures that carry widths of their own in every layer
 
 
 def find_target(name: str) -> Target:

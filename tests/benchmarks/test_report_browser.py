@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,26 +11,16 @@ import pytest
 
 from cusprun.benchmarks.report_page import read_experts, write_page, write_pages
 from tests.benchmarks.reports_made import frontier, make_expert, make_report
+from tests.chromium import open_chromium
 
 pytestmark = pytest.mark.browser
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 LONG = "Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft" * 3
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    path = next((found for name in NAMES if (found := shutil.which(name))), None)
-    if path is None:
-        system = Path("/etc/os-release")
-        if system.is_file() and re.search("^ID=debian$", system.read_text(), re.MULTILINE):
-            pytest.fail("Chromium is missing: bash .ci/setup dev installs it")
-        pytest.skip(f"no Chromium here: none of {', '.join(NAMES)} is in PATH")
-    with sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+    with open_chromium() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")
