@@ -90,7 +90,8 @@ def read_blocks(text: str) -> list[tuple[str, str | None]]:
 
 
 def like(line: str) -> str:
-    """A line without its figures, spaces and rules."""
+    """A line without its hashes, figures, spaces and rules."""
+    line = re.sub(r"\b(sha256|digest) [0-9a-f.]+", r"\1 #", line)
     return " ".join(re.sub(r"\d[\d.,]*", "#", line).replace("─", "").split())
 
 
