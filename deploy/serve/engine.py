@@ -69,6 +69,11 @@ class Engine:
     def running(self) -> int:
         return sum(worker.ticket is not None for worker in self._workers)
 
+    @property
+    def patience(self) -> float:
+        """Seconds until those that are here will have been answered, by the mean of the answers so far."""
+        return self._mean * (self.waiting + self.running) / len(self._workers)
+
     def submit(self, job: Job, deliver: Callable[[Event], None], timeout: float) -> Ticket:
         """Queues a job. Raises Busy where the queue is full, Stopping after :meth:`stop`."""
         ticket = Ticket(job, deliver, time.monotonic() + timeout)
@@ -76,7 +81,7 @@ class Engine:
             if self._stopping:
                 raise Stopping
             if len(self._waiting) >= self._most and self.running == len(self._workers):
-                raise Busy(self._mean * (len(self._waiting) + self.running) / len(self._workers))
+                raise Busy(self.patience)
             self._waiting.append(ticket)
             self._dispatch()
         return ticket
