@@ -153,11 +153,13 @@ class Api:
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media != JSON or request.headers.get("content-encoding", "identity").lower() != "identity":
             raise ApiError(415, f"send the request as {JSON}, not compressed", code="unsupported_media_type")
+        seconds = min(BODY_SECONDS, self._settings.timeout)
         try:
-            async with asyncio.timeout(BODY_SECONDS):
+            async with asyncio.timeout(seconds):
                 body = await self._body(request)
         except TimeoutError as error:
-            raise ApiError(408, f"the request's body took longer than {BODY_SECONDS:.0f} s") from error
+            close = {"connection": "close"}
+            raise ApiError(408, f"the request's body took longer than {seconds:g} s", headers=close) from error
         try:
             wish = kind.model_validate_json(body)
         except ValidationError as error:
