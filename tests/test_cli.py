@@ -40,7 +40,9 @@ def test_every_command_shows_an_example_of_itself(command: str) -> None:
 
 
 def readme_lines() -> list[str]:
-    found = re.findall(r"cusprun-edge ((?:build|prune|export|bench|eval|report|chat|run|serve|inspect)\b[^\n`]*)", README)
+    found = re.findall(
+        r"cusprun-edge ((?:build|prune|export|bench|eval|report|chat|run|serve|inspect)\b[^\n`]*)", README
+    )
     assert len(found) >= 6
     return found
 
