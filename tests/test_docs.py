@@ -20,8 +20,9 @@ import pytest
 import typer.main
 
 from cusprun.cli import app
+from cusprun.manual import example_of
 from cusprun.recipe import Recipe, make_recipe
-from tests.browsers import chromium
+from tests.chromium import open_chromium
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -100,7 +101,7 @@ def test_every_command_has_a_page_with_its_example_and_every_flag(site: Path, pa
     assert {"build", "export", "corpora list"} <= set(commands())
     for words, (command, _context) in commands().items():
         page = pages[site / f"reference/commands/{words.replace(' ', '-')}.html"]
-        example = " ".join(command.help.split()).partition("Example: ")[2]
+        example = example_of(command.help.replace("\\\n", " "))
         assert example.startswith(f"cusprun-edge {words}")
         assert example in page.text
         for parameter in command.params:
@@ -153,7 +154,7 @@ def test_nothing_is_fetched_from_elsewhere(site: Path, pages: dict[Path, Page]) 
 
 @pytest.mark.browser
 def test_the_site_opens_from_a_disk_and_finds_words(site: Path) -> None:
-    with chromium() as browser:
+    with open_chromium() as browser:
         page = browser.new_page()
         asked: list[str] = []
         said: list[str] = []
@@ -174,7 +175,7 @@ def lines_to_type() -> list[tuple[str, str]]:
     found = []
     for path in PAGES:
         text = path.read_text(encoding="utf-8").replace("\\\n", " ")
-        for line in re.findall(r"^(?: {4})?\s*(?:\.venv/bin/)?cusprun-edge (.+)$", text, re.MULTILINE):
+        for line in re.findall(r"^(?: {4})?\s*(?:\.venv/bin/)?cusprun-edge ([a-z].*)$", text, re.MULTILINE):
             found.append((path.relative_to(ROOT).as_posix(), line))
     assert len(found) > 40
     return found

@@ -1,9 +1,9 @@
-"""The order of the site's pages: `folder/*` in mkdocs.yml becomes the pages that are in that folder."""
+"""The order of the site's pages: `folder/*` in mkdocs.yml becomes the pages of that folder that stand nowhere else."""
 
 from __future__ import annotations
 
 from collections import Counter
-from fnmatch import fnmatch
+from collections.abc import Iterator
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -13,8 +13,21 @@ from mkdocs.structure.files import Files
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Runs behind the hook that adds the generated pages."""
     names = sorted(file.src_uri for file in files.documentation_pages())
-    config.nav = _expand(config.nav, names, {name: _heading(files, name) for name in names})
+    named = set(_named(config.nav))
+    unnamed = [name for name in names if name not in named]
+    config.nav = _expand(config.nav, unnamed, {name: _heading(files, name) for name in unnamed})
     return files
+
+
+def _named(entry: Any) -> Iterator[str]:
+    """The pages that the menu names itself."""
+    if isinstance(entry, dict):
+        entry = list(entry.values())
+    if isinstance(entry, list):
+        for inner in entry:
+            yield from _named(inner)
+    else:
+        yield entry
 
 
 def _expand(entry: Any, names: list[str], headings: dict[str, str]) -> Any:
@@ -24,10 +37,10 @@ def _expand(entry: Any, names: list[str], headings: dict[str, str]) -> Any:
         return entry
     found: list[Any] = []
     for inner in entry:
-        if not (isinstance(inner, str) and inner.endswith("/*")):
+        if not (isinstance(inner, str) and inner.endswith("*")):
             found.append(_expand(inner, names, headings))
             continue
-        pages = [name for name in names if fnmatch(name, inner) and not name.endswith("/index.md")]
+        pages = [name for name in names if name.rpartition("/")[0] == inner.rpartition("/")[0]]
         often = Counter(headings[name] for name in pages)
         for name in pages:
             title = headings[name]

@@ -26,10 +26,11 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from cusprun.cli import app
+from cusprun.flags import SUBJECTS
+from cusprun.manual import SECTIONS, Sectioned, example_of
 from cusprun.recipe import Recipe
 
 PROGRAM = "cusprun-edge"
-EXAMPLE = "Example: "
 TABLE = "<!-- table -->"
 ROOT = Path(__file__).parent.parent.parent
 # The modules that a program may rely on, in the order of an expert's way, and the room each is in.
@@ -76,8 +77,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages = {
         **{page_of(words): _command_page(words, command, context) for words, command, context in commands()},
         **{f"reference/python/{name}.md": f"# {name}\n\n::: {name}\n" for name in MODULES},
-        "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
-        "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
+        "changelog.md": _from_the_top("CHANGELOG.md"),
+        "contributing.md": _from_the_top("CONTRIBUTING.md"),
     }
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
@@ -130,18 +131,30 @@ def page_of(words: str) -> str:
 
 def _command_page(words: str, command: Any, context: Any) -> str:
     text, example = _told(command)
-    lines = [f"# {words}", "", *(line for part in text for line in (_escape(part), "")), "```text"]
+    lines = [f"# {words}", "", *(line for part in text for line in (_linked(part), "")), "```text"]
     lines += [" ".join([context.command_path, *command.collect_usage_pieces(context)]), "```", ""]
     lines += ["## Example", "", "```bash", example, "```", "", *_parameters(command, context, words)]
     return "\n".join(lines) + "\n"
 
 
 def _told(command: Any) -> tuple[list[str], str]:
-    """The paragraphs of a command's help, and the example at its end."""
-    text, found, example = inspect.cleandoc(command.help or "").rpartition(EXAMPLE)
+    """The paragraphs of a command's help, and the example at its end, in one line."""
+    text = inspect.cleandoc(command.help or "").replace("\b", "").replace("\\\n", " ")
+    example = example_of(text)
+    if not example:
+        raise PluginError(f"{command.name}: its docstring has no line `Example: {PROGRAM} ...`")
+    before = text.rpartition("Example:")[0]
+    return [" ".join(part.split()) for part in before.split("\n\n") if part.strip()], example
+
+
+def _linked(paragraph: str) -> str:
+    """A paragraph of a command's help; the commands after `See also:` lead to their pages."""
+    head, found, names = paragraph.partition("See also: ")
     if not found:
-        raise PluginError(f"{command.name}: its docstring has no line `{EXAMPLE}{PROGRAM} ...`")
-    return [" ".join(part.split()) for part in text.split("\n\n") if part.strip()], " ".join(example.split())
+        return _escape(paragraph)
+    known = sorted((words for words, _command, _context in commands()), key=len, reverse=True)
+    pattern = rf"\b({'|'.join(known)})\b"
+    return _escape(head) + found + re.sub(pattern, lambda name: f"[{name[0]}]({name[0].replace(' ', '-')}.md)", names)
 
 
 def _parameters(command: Any, context: Any, words: str) -> Iterator[str]:
@@ -153,11 +166,19 @@ def _parameters(command: Any, context: Any, words: str) -> Iterator[str]:
             name = one.metavar or one.name.upper()
             yield f"| `{name}`{_often(one)} | {_escape(one.help or '')} |"
         yield ""
-    yield from ["## Options", "", "| option | what it does |", "| --- | --- |"]
+    groups: dict[str, list[Any]] = {subject: [] for subject in SUBJECTS}
+    subjects = {name: subject for subject, names in SUBJECTS.items() for name in names}
     for one in options:
-        flags = ", ".join(f"`{flag}`" for flag in (*one.opts, *one.secondary_opts))
-        told = " ".join(filter(None, [_escape(one.help or ""), _default(one, context, words)]))
-        yield f"| {flags}<br>{_value(one)} | {told} |"
+        grouped = isinstance(command, Sectioned)
+        groups.setdefault(subjects.get(one.name, "Options") if grouped else "Options", []).append(one)
+    for subject, group in groups.items():
+        if group:
+            yield from [f"## {subject}", "", "| option | what it does |", "| --- | --- |"]
+            for one in group:
+                flags = ", ".join(f"`{flag}`" for flag in (*one.opts, *one.secondary_opts))
+                told = " ".join(filter(None, [_escape(one.help or ""), _default(one, context, words)]))
+                yield f"| {flags}<br>{_value(one)} | {told} |"
+            yield ""
 
 
 def _often(one: Any) -> str:
@@ -192,8 +213,11 @@ def _word(value: Any) -> str:
 
 
 def _commands_table() -> Iterator[str]:
-    yield from ["| command | what it does |", "| --- | --- |"]
+    section_of = {name: section for section, names in SECTIONS.items() for name in names}
+    section = ""
     for words, command, _context in commands():
+        if section != (section := section_of.get(words.split()[0], "Others")):
+            yield from ["", f"## {section}", "", "| command | what it does |", "| --- | --- |"]
         yield f"| [`{words}`]({words.replace(' ', '-')}.md) | {_escape(_told(command)[0][0])} |"
 
 
@@ -227,6 +251,11 @@ def _kind(annotation: Any) -> str:
         return _kind(parts[0])
     names = {"str": "text", "int": "whole number", "float": "number", "bool": "yes or no", "Path": "path"}
     return names[annotation.__name__]
+
+
+def _from_the_top(name: str) -> str:
+    """A page at the top of the repository, whose links into docs/ are links within the site."""
+    return (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
 
 
 def _source(package: str) -> Path:
