@@ -141,7 +141,9 @@ def test_help_reaches_for_nothing_heavy() -> None:
 
 
 def readme_lines() -> list[str]:
-    found = re.findall(r"cusprun-edge ((?:build|prune|export|bench|eval|report|chat|inspect)\b[^\n`]*)", README)
+    found = re.findall(
+        r"cusprun-edge ((?:build|prune|export|bench|eval|report|chat|run|serve|inspect)\b[^\n`]*)", README
+    )
     assert len(found) >= 6
     return found
 

@@ -163,7 +163,8 @@ def page_lines(found: Mapping[str, Any]) -> list[str]:
     """The study as Markdown."""
     settings, rss, metrics = found["settings"], found["rss"], found["metrics_after"]
     low, high = (f"{value / 1e6:+.2f}" for value in rss["ci95"])
-    grew = "none that can be told from nothing" if rss["ci95"][0] <= 0 <= rss["ci95"][1] else "growth"
+    told = "not to be told from nothing" if rss["ci95"][0] <= 0 <= rss["ci95"][1] else "to be told from nothing"
+    each = rss["bytes_per_minute"] / 60 / ((found["answered"] + found["refused_429"]) / found["seconds"])
     rows = [
         ("answers", f"{found['answered']} in {found['seconds']:g} s, {found['requests_per_s']:g} a second"),
         ("wrong or mixed", str(found["wrong"])),
@@ -172,7 +173,8 @@ def page_lines(found: Mapping[str, Any]) -> list[str]:
         ("tokens generated", f"{metrics['generated_tokens']:g}"),
         ("prompt tokens, of which reused", f"{metrics['prompt_tokens']:g}, {metrics['cached_prompt_tokens']:g}"),
         ("memory", f"{rss['first_bytes'] / 1e6:.1f} → {rss['last_bytes'] / 1e6:.1f} MB"),
-        ("its slope, MB a minute [95 %]", f"{rss['bytes_per_minute'] / 1e6:+.3f} [{low}, {high}]: {grew}"),
+        ("its slope, MB a minute [95 %]", f"{rss['bytes_per_minute'] / 1e6:+.3f} [{low}, {high}], {told}"),
+        ("that is, of each request", f"{each:+.0f} bytes"),
         ("exit code after SIGTERM", str(found["exit_code"])),
     ]
     times = [

@@ -19,10 +19,28 @@ def draw(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator) -> in
     scaled = logits.astype(np.float64) / sampling.temperature
     probabilities = np.exp(scaled - scaled.max())
     probabilities /= probabilities.sum()
-    order = np.argsort(-probabilities, kind="stable")
-    # The nucleus is the shortest prefix whose mass reaches top_p; the first token is always in it.
-    nucleus = order[: int(np.searchsorted(np.cumsum(probabilities[order]), sampling.top_p)) + 1]
+    if sampling.top_p >= 1.0:
+        reached = np.cumsum(probabilities)
+        return min(int(np.searchsorted(reached, rng.random() * reached[-1], side="right")), len(reached) - 1)
+    nucleus = find_nucleus(probabilities, sampling.top_p)
     return int(rng.choice(nucleus, p=probabilities[nucleus] / probabilities[nucleus].sum()))
+
+
+def find_nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:
+    """The likeliest ids, (nucleus,), likeliest first: the shortest run whose mass reaches ``top_p``, never empty.
+
+    To sort a whole vocabulary takes as long as half a decode step of a small model, so a few are tried first.
+    """
+    for few in (256, 4096):
+        if few >= len(probabilities):
+            break
+        best = np.argpartition(-probabilities, few)[:few]
+        order = best[np.lexsort((best, -probabilities[best]))]
+        at = int(np.searchsorted(np.cumsum(probabilities[order]), top_p))
+        if at < few and probabilities[order[at]] > probabilities[order[-1]]:  # no tie across the edge
+            return order[: at + 1]
+    order = np.argsort(-probabilities, kind="stable")
+    return order[: int(np.searchsorted(np.cumsum(probabilities[order]), top_p)) + 1]
 
 
 def generate_tokens(runtime: Runtime, tokens: Sequence[int], sampling: Sampling) -> Iterator[int]:

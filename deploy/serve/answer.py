@@ -39,13 +39,13 @@ async def answer(request: Request, engine: Engine, settings: Settings, job: Job,
     streaming = False
     try:
         if not stream:
-            found = await _unless_gone(request, _collect(events, job, form, settings))
+            found = await _unless_gone(request, _collect(events, engine, job, form, settings))
             return Response(found, media_type="application/json") if found is not None else Response(None, CLIENT_LEFT)
-        first = await _unless_gone(request, _next(events, settings))
+        first = await _unless_gone(request, _next(events, engine, settings))
         if first is None:
             return Response(None, CLIENT_LEFT)
         streaming = True
-        return _Stream(_stream(first, events, job, form, settings), lambda: engine.cancel(ticket))
+        return _Stream(_stream(first, events, engine, job, form, settings), lambda: engine.cancel(ticket))
     finally:
         if not streaming:
             engine.cancel(ticket)
@@ -59,23 +59,21 @@ def _hand_over(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], ev
     loop.call_soon_threadsafe(events.put_nowait, event)
 
 
-async def _next(events: asyncio.Queue[Event], settings: Settings) -> Event:
+async def _next(events: asyncio.Queue[Event], engine: Engine, settings: Settings) -> Event:
     event = await events.get()
     if isinstance(event, Broken):
         if event.reason == "timeout":
-            raise ApiError(
-                503, f"no answer within {settings.timeout:g} s", code="timeout", retry_after=settings.timeout
-            )
+            raise ApiError(503, f"no answer within {settings.timeout:g} s", code="timeout", retry_after=engine.patience)
         if event.reason == "stopping":
             raise stopped(settings)
         raise ApiError(500, "the generation failed: the server's log says why")
     return event
 
 
-async def _collect(events: asyncio.Queue[Event], job: Job, form: Form, settings: Settings) -> str:
+async def _collect(events: asyncio.Queue[Event], engine: Engine, job: Job, form: Form, settings: Settings) -> str:
     written = [Written() for _ in range(len(job.prompts) * job.choices)]
     while True:
-        match await _next(events, settings):
+        match await _next(events, engine, settings):
             case Piece(index, text, scored):
                 written[index].text += text
                 written[index].scored += scored
@@ -86,7 +84,7 @@ async def _collect(events: asyncio.Queue[Event], job: Job, form: Form, settings:
 
 
 async def _stream(
-    event: Event, events: asyncio.Queue[Event], job: Job, form: Form, settings: Settings
+    event: Event, events: asyncio.Queue[Event], engine: Engine, job: Job, form: Form, settings: Settings
 ) -> AsyncIterator[str]:
     for index in range(len(job.prompts) * job.choices):
         if (opening := form.begin(index)) is not None:
@@ -102,7 +100,7 @@ async def _stream(
                     if (usage := form.usage(event)) is not None:
                         yield _sent(usage)
                     break
-            event = await _next(events, settings)
+            event = await _next(events, engine, settings)
     except ApiError as error:  # the status is out already
         yield _sent(error.reply.model_dump_json())
         return

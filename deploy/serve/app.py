@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -31,6 +32,7 @@ from cusprun.deploy.serve.settings import MOST_CHOICES, Settings
 from cusprun.deploy.turns import Tokenizer, encode_turns
 from cusprun.errors import InvalidRequest
 
+ARRIVING = 64  # requests that are read and encoded beside those that wait and run
 BODY_SECONDS = 30.0  # for a request's body to arrive
 JSON = "application/json"
 
@@ -48,6 +50,7 @@ class Api:
         self._tokenizer, self._n_vocab, self._model = tokenizer, n_vocab, model
         self._encoder = ThreadPoolExecutor(1, "tokenizer")
         self._description = describe(model.id)
+        self._inside = 0
         self.stopping = False
 
     def app(self) -> Starlette:
@@ -86,6 +89,10 @@ class Api:
         return app
 
     async def chat(self, request: Request) -> Response:
+        async with self._admitted():
+            return await self._chat(request)
+
+    async def _chat(self, request: Request) -> Response:
         wish = await self._read(request, ChatRequest)
         tokens = await self._encode(lambda: [encode_turns(self._tokenizer, [turn.message() for turn in wish.messages])])
         job = self._job(wish, wish.most, wish.alternatives, tokens, "messages")
@@ -93,6 +100,10 @@ class Api:
         return await answer(request, self._engine, self._settings, job, form, bool(wish.stream))
 
     async def complete(self, request: Request) -> Response:
+        async with self._admitted():
+            return await self._complete(request)
+
+    async def _complete(self, request: Request) -> Response:
         wish = await self._read(request, CompletionRequest)
         tokens = await self._encode(lambda: self._prompts(wish))
         job = self._job(wish, wish.most, wish.alternatives, tokens, "prompt")
@@ -121,6 +132,19 @@ class Api:
     def close(self) -> None:
         self._encoder.shutdown()
 
+    @asynccontextmanager
+    async def _admitted(self) -> AsyncIterator[None]:
+        """Bounds the requests whose bodies are held, before there is a job that the queue could bound."""
+        if self._inside >= self._settings.parallel + self._settings.queue + ARRIVING:
+            raise ApiError(
+                429, f"{self._inside} requests are here already", code="queue_full", retry_after=self._engine.patience
+            )
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+
     def _refuse(self, path: str) -> ApiError | None:
         return stopped(self._settings) if self.stopping and path != "/health" else None
 
@@ -129,11 +153,13 @@ class Api:
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media != JSON or request.headers.get("content-encoding", "identity").lower() != "identity":
             raise ApiError(415, f"send the request as {JSON}, not compressed", code="unsupported_media_type")
+        seconds = min(BODY_SECONDS, self._settings.timeout)
         try:
-            async with asyncio.timeout(BODY_SECONDS):
+            async with asyncio.timeout(seconds):
                 body = await self._body(request)
         except TimeoutError as error:
-            raise ApiError(408, f"the request's body took longer than {BODY_SECONDS:.0f} s") from error
+            close = {"connection": "close"}
+            raise ApiError(408, f"the request's body took longer than {seconds:g} s", headers=close) from error
         try:
             wish = kind.model_validate_json(body)
         except ValidationError as error:

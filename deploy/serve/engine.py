@@ -58,7 +58,7 @@ class Engine:
         self._mean = 1.0  # seconds of one request; measured from the first on
         self._answered = 0
         self._stopping = False
-        self._workers = [_Worker(runtime, self._finish, metrics) for runtime in runtimes]
+        self._workers = [_Worker(runtime, self._deliver, self._finish, metrics) for runtime in runtimes]
         metrics.watch(lambda: self.waiting, lambda: self.running)
 
     @property
@@ -69,6 +69,11 @@ class Engine:
     def running(self) -> int:
         return sum(worker.ticket is not None for worker in self._workers)
 
+    @property
+    def patience(self) -> float:
+        """Seconds until those that are here will have been answered, by the mean of the answers so far."""
+        return self._mean * (self.waiting + self.running) / len(self._workers)
+
     def submit(self, job: Job, deliver: Callable[[Event], None], timeout: float) -> Ticket:
         """Queues a job. Raises Busy where the queue is full, Stopping after :meth:`stop`."""
         ticket = Ticket(job, deliver, time.monotonic() + timeout)
@@ -76,7 +81,7 @@ class Engine:
             if self._stopping:
                 raise Stopping
             if len(self._waiting) >= self._most and self.running == len(self._workers):
-                raise Busy(self._mean * (len(self._waiting) + self.running) / len(self._workers))
+                raise Busy(self.patience)
             self._waiting.append(ticket)
             self._dispatch()
         return ticket
@@ -100,9 +105,9 @@ class Engine:
             waiting, self._waiting = list(self._waiting), deque()
             running = [worker.ticket for worker in self._workers if worker.ticket is not None]
             for ticket in (*waiting, *running):
-                ticket.cancelled = True
-        for ticket in (*waiting, *running):
-            ticket.deliver(Broken("stopping"))
+                if not ticket.cancelled:
+                    ticket.deliver(Broken("stopping"))
+                    ticket.cancelled = True
 
     def close(self) -> None:
         """Ends the threads and frees the models."""
@@ -121,6 +126,12 @@ class Engine:
             prompt = ticket.job.prompts[0]
             max(idle, key=lambda worker: common_prefix(worker.held, prompt)).give(ticket)
 
+    def _deliver(self, ticket: Ticket, event: Event) -> None:
+        """Passes an event on, unless nobody waits for it any more: whoever did may be gone altogether."""
+        with self._lock:
+            if not ticket.cancelled:
+                ticket.deliver(event)
+
     def _finish(self, worker: _Worker, seconds: float | None) -> None:
         """A worker is free again; ``seconds`` is how long a whole answer took."""
         with self._lock:
@@ -135,8 +146,14 @@ class Engine:
 class _Worker:
     """A runtime and the thread that alone calls it."""
 
-    def __init__(self, runtime: Runtime, finish: Callable[[_Worker, float | None], None], metrics: Metrics) -> None:
-        self._runtime, self._finish, self._metrics = runtime, finish, metrics
+    def __init__(
+        self,
+        runtime: Runtime,
+        deliver: Callable[[Ticket, Event], None],
+        finish: Callable[[_Worker, float | None], None],
+        metrics: Metrics,
+    ) -> None:
+        self._runtime, self._deliver, self._finish, self._metrics = runtime, deliver, finish, metrics
         self.held: tuple[int, ...] = ()  # whole pieces of the last prompt, computed in pieces
         self.ticket: Ticket | None = None
         self._wake = threading.Semaphore(0)
@@ -166,16 +183,16 @@ class _Worker:
             whole = False
             try:
                 for event in self._answer(ticket):
-                    ticket.deliver(event)
+                    self._deliver(ticket, event)
                 whole = True
             except _GivenUp:
                 self._metrics.cancelled.inc()
             except _Late:
-                ticket.deliver(Broken("timeout"))
+                self._deliver(ticket, Broken("timeout"))
             except Exception:
                 logger.exception("a generation failed")
                 self.held = ()
-                ticket.deliver(Broken("error"))
+                self._deliver(ticket, Broken("error"))
             del ticket  # an idle worker holds on to nothing
             self._finish(self, time.monotonic() - begun if whole else None)
 

@@ -89,6 +89,7 @@ class _Server(uvicorn.Server):
                 self._announce()
             await serving
         finally:
+            self._engine.drop_all()  # nothing is delivered to a loop that is closed
             for number, handler in before.items():
                 signal.signal(number, handler)
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
+from cusprun.deploy.serve.app import ARRIVING
 from cusprun.runtimes import open_runtime
 from tests.deploy.serving import Server, answer_alone, serving, small_gguf
 
@@ -157,7 +159,33 @@ def test_a_request_that_takes_too_long(slow: Path) -> None:
         assert 0 < found.usage.completion_tokens < LONG
         late = server.post("completions", prompt="rent " * 7000, max_tokens=2)
         assert (late.status_code, late.json()["error"]["code"]) == (503, "timeout")
+        assert int(late.headers["retry-after"]) >= 1
+        with closing(half_sent(server)) as connection:
+            assert connection.getresponse().status == 408
         assert time.monotonic() - begun < 20
+
+
+def half_sent(server: Server) -> http.client.HTTPConnection:
+    """A request whose body does not come."""
+    connection = http.client.HTTPConnection("127.0.0.1", int(server.root.rpartition(":")[2]), timeout=60)
+    connection.putrequest("POST", "/v1/completions")
+    connection.putheader("content-type", "application/json")
+    connection.putheader("content-length", "100")
+    connection.endheaders(b'{"model"')
+    return connection
+
+
+def test_bodies_that_do_not_come_are_bounded(gguf: Path) -> None:
+    with serving(gguf, "--queue", "0") as server:
+        connections = [half_sent(server) for _ in range(1 + ARRIVING)]
+        until = time.monotonic() + 30
+        while (refused := server.post("completions", prompt="Le", max_tokens=1)).status_code != 429:
+            assert time.monotonic() < until
+        assert int(refused.headers["retry-after"]) >= 1
+        for connection in connections:
+            connection.close()
+        while server.post("completions", prompt="Le", max_tokens=1).status_code != 200:
+            assert time.monotonic() < until
 
 
 def test_two_answers_at_once(slow: Path) -> None:

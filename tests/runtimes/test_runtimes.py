@@ -10,7 +10,7 @@ import pytest
 from cusprun.errors import InvalidRequest
 from cusprun.exporters.gguf import export_gguf
 from cusprun.runtimes import Message, Runtime, Sampling, open_runtime
-from cusprun.runtimes.generation import TextStream, draw
+from cusprun.runtimes.generation import TextStream, draw, find_nucleus
 from tests.pico import SENTENCES, save_model
 
 TALK = [
@@ -143,6 +143,18 @@ def test_characters_over_several_tokens_wait(runtime: Runtime) -> None:
     half = runtime.encode("🙂")[:2]
     assert "".join(cut.feed(token) for token in half) == ""
     assert "\ufffd" in cut.flush()
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 6.0])
+@pytest.mark.parametrize("size", [100, 300, 20_000])
+def test_nucleus_is_that_of_the_whole_vocabulary_sorted(spread: float, size: int) -> None:
+    logits = np.round(np.random.default_rng(size).normal(0, spread, size), 2)  # rounded: many are equal
+    probabilities = np.exp(logits - logits.max())
+    probabilities /= probabilities.sum()
+    order = np.argsort(-probabilities, kind="stable")
+    for top_p in (0.0, 0.1, 0.5, 0.95, 0.999):
+        reached = int(np.searchsorted(np.cumsum(probabilities[order]), top_p))
+        np.testing.assert_array_equal(find_nucleus(probabilities, top_p), order[: reached + 1])
 
 
 def test_nucleus() -> None:
