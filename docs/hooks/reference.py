@@ -50,6 +50,10 @@ MODULES = {
     "cusprun.benchmarks.speed": "speed and memory, as they ship",
     "cusprun.deploy.expert": "an expert's folder, read and checked",
     "cusprun.deploy.targets": "what each kind of device is given",
+    "cusprun.deploy.ship": "bundles made",
+    "cusprun.deploy.verify": "bundles verified and unpacked",
+    "cusprun.deploy.signing": "keys and signatures",
+    "cusprun.deploy.serve": "an artifact behind HTTP",
     "cusprun.deploy.chat": "talking in the terminal",
     "cusprun.errors": "the two ways a command ends badly",
 }
