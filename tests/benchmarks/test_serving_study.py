@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import numpy as np
@@ -77,3 +78,11 @@ def test_studies_that_make_no_sense(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main([str(tmp_path / "there.gguf"), "--seconds", "3"]) == 2
     assert "too short" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
+
+
+def test_the_published_page_kept_its_promises() -> None:
+    found = json.loads((Path(__file__).parents[2] / "docs" / "results" / "serving.json").read_text(encoding="utf-8"))
+    assert problems_of(found) == []
+    assert found["settings"]["clients"] == 64
+    assert found["seconds"] >= 300
+    assert found["refused_429"] > 0
