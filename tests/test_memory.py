@@ -107,7 +107,7 @@ def test_streamed_equals_in_memory_bit_for_bit(tmp_path: Path, dtype: str) -> No
 def prune(folder: Path, text: Path, out: Path, *method: str) -> float:
     """Bytes of memory that `cusprun-edge prune` took at most for 25 % of the model in ``folder``."""
     command = [sys.executable, "-c", CHILD, "prune", folder, "--corpus", text, "--out", out, "--ratio", "0.25"]
-    command += ["--tokens", "2048", "--vocab", "keep", "--method", *method]
+    command += ["--tokens", "1024", "--window", "256", "--vocab", "keep", "--method", *method]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     before, after = describe(folder), describe(out / "model")
