@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cusprun.corpora.catalog import LANGUAGES
 from cusprun.errors import InvalidRequest
+
+WORDS = {**LANGUAGES, "qa": "question answering"}  # for people, where the scenario's own word is short
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,13 @@ class Expert:
     report: dict[str, Any] | None  # report/report.json, where it was measured
     model: Path  # Hugging Face folder: config, tokenizer, chat template
     artifacts: tuple[Artifact, ...]
+
+    @property
+    def purpose(self) -> str:
+        """The scenario in words, such as "English, legal, question answering"; empty where it has none."""
+        scenario = self.card.get("scenario") or {}
+        words = [WORDS.get(str(value), str(value)) for key, value in scenario.items() if key != "name" and value]
+        return ", ".join(words)
 
     def of(self, format: str, quant: str | None = None) -> Artifact:
         """The artifact of a format, of the type ``quant`` or else the first listed. Raises InvalidRequest."""

@@ -11,8 +11,7 @@ from cusprun.deploy.targets import Notes
 
 def write_readme(expert: Expert, target: str, notes: Notes, origin: Provenance, signer: str | None) -> str:
     """The text; ``signer`` is the fingerprint of the key that the bundle is signed by."""
-    scenario = expert.card.get("scenario") or {}
-    purpose = ", ".join(str(value) for value in scenario.values())
+    purpose = expert.purpose
     parts = [
         f"# {expert.name}\n",
         f"A small language model{f' for {purpose}' if purpose else ''}, cut out of {origin.base}, for a {target}. "

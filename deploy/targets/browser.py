@@ -36,10 +36,6 @@ POLICY = (
     "style-src 'self'; img-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'"
 )
 UNROUNDED = ("f16", "f32", "bf16")  # several times slower here than the others, and larger
-NAMES = {
-    "en": "English", "de": "German", "fr": "French", "es": "Spanish", "it": "Italian", "pt": "Portuguese",
-    "qa": "question answering",
-}  # fmt: skip
 SIZES = ((1e9, "billion"), (1e6, "million"), (1e3, "thousand"))
 
 
@@ -105,7 +101,7 @@ def gather(expert: Expert, files: Files, wish: Wish, *, most: int = MOST) -> Not
         "index.html.j2",
         policy=POLICY,
         name=expert.name,
-        scenario=_words(expert.card.get("scenario") or {}),
+        scenario=expert.purpose,
         facts=_facts(expert, artifact, info),
         context=settings["context"],
         longest=min(LONGEST, info.context_length // 2),
@@ -169,7 +165,7 @@ def _facts(expert: Expert, artifact: Artifact, info: GgufInfo) -> list[tuple[str
     facts = [
         ("Made from", base.get("id")),
         ("Licence", base.get("licence")),
-        ("Scenario", _words(expert.card.get("scenario") or {})),
+        ("Scenario", expert.purpose),
         ("Size", f"{_count(info.parameters)} parameters, {info.file_bytes / 1e6:.1f} MB as {artifact.quant}"),
         ("Runs on", f"llama.cpp {LLAMA_CPP} in wllama {VERSION} (MIT), on the processor"),
     ]
@@ -181,10 +177,6 @@ def _count(parameters: int) -> str:
         if parameters >= size:
             return f"{parameters / size:.3g} {word}"
     return str(parameters)
-
-
-def _words(scenario: dict[str, Any]) -> str:
-    return ", ".join(NAMES.get(str(value), str(value)) for key, value in scenario.items() if key != "name" and value)
 
 
 def _web_manifest(name: str) -> dict[str, Any]:

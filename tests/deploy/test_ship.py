@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from cusprun.cli_ship import ship as command
+from cusprun.deploy.expert import Expert, read_expert
 from cusprun.deploy.manifest import MANIFEST, SIGNATURE
 from cusprun.deploy.ship import ship
 from cusprun.deploy.signing import make_key
@@ -56,6 +57,15 @@ def onnx(tmp_path_factory: pytest.TempPathFactory, pico_expert: Path) -> Path:
     return out
 
 
+def test_the_scenario_in_words() -> None:
+    def purpose(**scenario: str) -> str:
+        return Expert(Path(), "x", {"scenario": scenario}, None, Path(), ()).purpose
+
+    assert purpose(language="en", domain="legal", task="qa", name="x") == "English, legal, question answering"
+    assert purpose(domain="my own") == "my own"
+    assert Expert(Path(), "x", {}, None, Path(), ()).purpose == ""
+
+
 def test_what_a_laptop_is_given(laptop: Path, pico_expert: Path) -> None:
     files = names(laptop)
     assert EVERY | {GGUF, "Modelfile", "start.sh", "start.bat"} <= files
@@ -66,6 +76,7 @@ def test_what_a_laptop_is_given(laptop: Path, pico_expert: Path) -> None:
     assert (found.signature, found.files) == ("none", len(files) - 1)
     assert verify(laptop.with_name("pico.zip")) == found
     readme = (laptop / "README.md").read_text()
+    assert f"A small language model for {read_expert(pico_expert).purpose}, cut out of" in readme
     for told in ("./start.sh", "ollama create pico-legal -f Modelfile", "cusprun-edge chat .", "`deci`",
                  "--layout uniform", "is not signed", "## Not proven"):  # fmt: skip
         assert told in readme, told
