@@ -113,6 +113,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        listening.listen(128)  # who comes as soon as the address is told waits for an answer, and is not refused
     except OSError as error:
         listening.close()
         raise InvalidRequest(f"--port {port} on {host} cannot be had ({error.strerror}): name another") from error
