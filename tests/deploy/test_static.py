@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cusprun.deploy.static import make_app, serve_folder
+from cusprun.deploy.static import _listen, make_app, serve_folder
 from cusprun.errors import InvalidRequest
 
 
@@ -128,3 +128,8 @@ def test_what_cannot_be_served(folder: Path, tmp_path: Path) -> None:
     os.remove(folder / "bundle.json")
     with pytest.raises(InvalidRequest, match=r"it has no bundle\.json"):
         make_app(folder)
+
+
+def test_the_port_is_open_before_its_address_is_told() -> None:
+    with _listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname(), timeout=5):
+        pass
