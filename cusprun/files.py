@@ -10,7 +10,11 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from cusprun.errors import Failed
+
+PIECE = 2**20  # bytes that are copied at once
 
 
 def sha256_file(path: Path) -> str:
@@ -67,6 +71,17 @@ def copy_folder(source: Path, path: Path) -> None:
     """A copy of a folder, whole or not at all."""
     with folder_written_whole(path) as part:
         shutil.copytree(source, part, dirs_exist_ok=True)
+
+
+def copy_range(source: BinaryIO, begin: int, length: int, out: BinaryIO) -> None:
+    """Copies ``length`` bytes of ``source`` from ``begin`` on. Raises Failed where it ends before."""
+    source.seek(begin)
+    while length:
+        piece = source.read(min(length, PIECE))
+        if not piece:
+            raise Failed(f"{source.name} is shorter than its header says: export it again")
+        out.write(piece)
+        length -= len(piece)
 
 
 def write_json(path: Path, value: Any) -> None:

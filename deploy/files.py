@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from cusprun.corpora.cache import cache_folder, make_folder
 from cusprun.files import sha256_file
 
 
@@ -46,6 +49,12 @@ class Files:
         """Adds every file under ``folder`` as ``name``/..."""
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             self.add(f"{name}/{path.relative_to(folder).as_posix()}", path)
+
+    def scratch(self) -> Path:
+        """A new folder for what is made on the way; it lives as long as these files are gathered."""
+        folder = tempfile.TemporaryDirectory(dir=make_folder(cache_folder()), prefix="parts-")
+        weakref.finalize(self, folder.cleanup)
+        return Path(folder.name)
 
     def __iter__(self) -> Iterator[tuple[str, Source]]:
         yield from sorted(self._sources.items())

@@ -109,12 +109,9 @@ def _listen(host: str, port: int) -> socket.socket:
             "its README.md says"
         )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind((host, port))
-        listening.listen(128)  # who comes as soon as the address is told waits for an answer, and is not refused
+        # It listens: who comes as soon as the address is told waits for an answer, and is not refused.
+        return socket.create_server((host, port), family=family)
     except OSError as error:
-        listening.close()
-        raise InvalidRequest(f"--port {port} on {host} cannot be had ({error.strerror}): name another") from error
-    return listening
+        reason = os.strerror(error.errno or 0)
+        raise InvalidRequest(f"--port {port} on {host} cannot be had ({reason}): name another") from error

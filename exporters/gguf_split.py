@@ -17,12 +17,11 @@ from gguf import GGMLQuantizationType, GGUFValueType
 
 from cusprun.errors import InvalidRequest
 from cusprun.exporters.gguf_source import padded
-from cusprun.files import aside
+from cusprun.files import aside, copy_range
 from cusprun.runtimes.gguf_header import TensorInfo, part_path, read_layout
 
 UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}  # as gguf-split counts
 MOST_PARTS = 65535  # split.count has 16 bits
-PIECE = 2**20
 
 
 def parse_size(value: str) -> int:
@@ -62,11 +61,11 @@ def split_gguf(whole: Path, out: Path, most: int) -> list[Path]:
                 count = len(SPLIT_KEYS) + (0 if index else pairs)
                 file.write(b"GGUF" + struct.pack("<IQQ", 3, len(group), count))
                 if not index:
-                    _copy(source, kept.start, len(kept), file)
+                    copy_range(source, kept.start, len(kept), file)
                 file.write(keys + _infos(group))
                 for tensor in group:
                     _pad(file)
-                    _copy(source, start + tensor.offset, tensor.bytes, file)
+                    copy_range(source, start + tensor.offset, tensor.bytes, file)
                 _pad(file)
             parts.append(part)
         placed = stack.enter_context(ExitStack())  # takes back what was placed when a later one fails
@@ -123,13 +122,3 @@ def _string(text: str) -> bytes:
 
 def _pad(file: BinaryIO) -> None:
     file.write(bytes(padded(file.tell()) - file.tell()))
-
-
-def _copy(source: BinaryIO, begin: int, length: int, out: BinaryIO) -> None:
-    source.seek(begin)
-    while length:
-        piece = source.read(min(length, PIECE))
-        if not piece:
-            raise OSError(f"{source.name} has shrunk")
-        out.write(piece)
-        length -= len(piece)

@@ -6,17 +6,16 @@ onnxruntime and onnxruntime-genai open the folder as before: external data may l
 from __future__ import annotations
 
 from pathlib import Path
-from typing import BinaryIO
 
 import onnx
 
 from cusprun.errors import Failed
 from cusprun.exporters.onnx_folder import DATA, GRAPH
+from cusprun.files import copy_range
 
 PAGE = 4096  # where large tensors begin, so that they can be mapped into memory
 LARGE = 2**16
 SMALL_STEP = 64
-PIECE = 2**20
 
 
 def split_onnx(folder: Path, out: Path, most: int) -> list[Path]:
@@ -43,7 +42,7 @@ def split_onnx(folder: Path, out: Path, most: int) -> list[Path]:
                     length = int(place["length"])
                     file.write(bytes(-file.tell() % _step(length)))
                     moved = {"location": paths[-1].name, "offset": str(file.tell()), "length": str(length)}
-                    _copy(source, int(place.get("offset", 0)), length, file)
+                    copy_range(source, int(place.get("offset", 0)), length, file)
                     del tensor.external_data[:]
                     for key, value in moved.items():
                         tensor.external_data.add(key=key, value=value)
@@ -67,13 +66,3 @@ def _group(lengths: list[int], most: int) -> list[int]:
         groups[-1] += 1
         at = start + length
     return groups
-
-
-def _copy(source: BinaryIO, begin: int, length: int, out: BinaryIO) -> None:
-    source.seek(begin)
-    while length:
-        piece = source.read(min(length, PIECE))
-        if not piece:
-            raise Failed(f"{source.name} is shorter than its graph says: export it again")
-        out.write(piece)
-        length -= len(piece)

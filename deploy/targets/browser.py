@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
-import weakref
 from dataclasses import dataclass
 from importlib.resources import files as resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from cusprun.corpora.cache import cache_folder, make_folder
 from cusprun.deploy.chat import CONTEXT
 from cusprun.deploy.expert import Artifact, Expert
 from cusprun.deploy.files import Files
@@ -129,9 +126,7 @@ def _parts(path: Path, info: GgufInfo, files: Files, most: int) -> tuple[Path, .
         return info.parts
     if len(info.parts) > 1:
         raise InvalidRequest(f"{path} has parts of more than {most} bytes: export it in one, or in smaller ones")
-    folder = tempfile.TemporaryDirectory(dir=make_folder(cache_folder()), prefix="parts-")
-    weakref.finalize(files, folder.cleanup)
-    return tuple(split_gguf(path, Path(folder.name) / path.name, most))
+    return tuple(split_gguf(path, files.scratch() / path.name, most))
 
 
 def _describe(name: str, content: Path | bytes) -> Large:

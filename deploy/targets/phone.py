@@ -7,8 +7,6 @@ own names. They cannot be built here; what is checked instead is told in the not
 from __future__ import annotations
 
 import json
-import tempfile
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +52,7 @@ def gather(expert: Expert, files: Files, wish: Wish, most: int = MOST) -> Notes:
     names = names_of(expert.name)
     context = min(CONTEXT, int(_config(expert.model).get("max_position_embeddings") or CONTEXT))
     values: dict[str, Any] = {"names": names, "versions": VERSIONS, "context": context}
-    scratch = _scratch(files)
+    scratch = files.scratch()
     if "gguf" in chosen:
         values |= _gguf(chosen["gguf"], names, scratch, most)
         for part in values["gguf_files"]:
@@ -124,13 +122,6 @@ def arm_repack(path: Path) -> float:
 def _config(model: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((model / "config.json").read_text(encoding="utf-8"))
     return found
-
-
-def _scratch(files: Files) -> Path:
-    """A folder for what is split; it lives as long as the files that are gathered."""
-    folder = tempfile.TemporaryDirectory(prefix="cusprun-phone-")
-    weakref.finalize(files, folder.cleanup)
-    return Path(folder.name)
 
 
 def _gguf(artifact: Artifact, names: Names, scratch: Path, most: int) -> dict[str, Any]:

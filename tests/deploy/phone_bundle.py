@@ -13,6 +13,7 @@ from cusprun.deploy.targets.phone import MOST, gather
 from cusprun.exporters.gguf import export_gguf
 from cusprun.exporters.onnx import export_onnx
 from tests import pico
+from tests.deploy.bundles_made import write_files
 
 NAME = "pico-legal"
 
@@ -38,8 +39,5 @@ def write_bundle(expert: Expert, out: Path, *, name: str = NAME, wish: Wish | No
     """Gathers the bundle of an expert of that name and writes its files."""
     files = Files()
     notes = gather(replace(expert, name=name), files, wish or Wish(), most)
-    for path, source in files:
-        target = out / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(source.read())
+    write_files(files, out)
     return notes
