@@ -80,7 +80,7 @@ def test_what_is_left_to_read(study: dict[str, Any], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_importance_and_refit_statistics_cost_little_more_than_a_forward_pass() -> None:
-    """CPU seconds of one thread, in turn: what else runs on the machine hardly counts."""
+    """CPU seconds of one thread, in turn: what else runs on the machine hardly counts. Three rounds if one is over."""
     import torch
 
     threads = torch.get_num_threads()
@@ -95,6 +95,8 @@ def test_importance_and_refit_statistics_cost_little_more_than_a_forward_pass() 
             base = timed(lambda: forward(model, windows))["cpu_s"]
             ratios["importance"].append(timed(lambda: importance(dense, windows))["cpu_s"] / base)
             ratios["refit statistics"].append(timed(lambda: refit_statistics(dense, windows))["cpu_s"] / base)
+            if all(ratios[name][0] <= limit for name, limit in PROMISES.items()):
+                break
     finally:
         torch.set_num_threads(threads)
     for name, limit in PROMISES.items():
