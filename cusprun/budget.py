@@ -14,11 +14,12 @@ UNITS = {
 
 
 def parse_bytes(value: str) -> int:
-    """Bytes of a size such as 60MB or 512MiB. Raises ValueError where it is none."""
+    """Bytes of a size such as 60MB, 512MiB or 2G (gguf-split's 2GB). Raises ValueError where it is none."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMG]?I?B?)", value.strip().upper())
-    if found is None or found[2] not in UNITS or not float(found[1]) > 0:
+    size = float(found[1]) * UNITS[found[2]] if found and found[2] in UNITS else 0.0
+    if not 1 <= size < math.inf:
         raise ValueError(f"{value!r} is no size: write a number with KB, MB, GB, KiB, MiB or GiB, such as 60MB")
-    return int(float(found[1]) * UNITS[found[2]])
+    return int(size)
 
 
 @dataclass(frozen=True)

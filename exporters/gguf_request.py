@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from cusprun.as_llama import as_llama
+from cusprun.budget import parse_bytes
 from cusprun.errors import InvalidRequest
 from cusprun.exporters.compensation import Compensated
 from cusprun.exporters.gguf import GgufExport, GgufReport
 from cusprun.exporters.gguf_card import read_card
 from cusprun.exporters.gguf_config import check_layers
 from cusprun.exporters.gguf_prediction import Prediction
-from cusprun.exporters.gguf_split import existing_parts, parse_size
+from cusprun.exporters.gguf_split import existing_parts
 from cusprun.exporters.grids import Grid
 from cusprun.exporters.imatrix import imatrix_of_text
 from cusprun.quants import parse_override
@@ -47,7 +48,10 @@ class GgufRequest:
         if imatrix is not None and corpus is not None:
             raise InvalidRequest("--imatrix and --corpus are two ways to the same: give one")
         taken = self.target.with_suffix(".imatrix") if corpus is not None else None
-        self._split_max = parse_size(split_max_size) if split_max_size is not None else None
+        try:
+            self._split_max = None if split_max_size is None else parse_bytes(split_max_size)
+        except ValueError as error:
+            raise InvalidRequest(f"--split-max-size: {error}") from error
         for path in (self.target, taken, *existing_parts(self.target)):
             if path is not None and path.exists():
                 raise InvalidRequest(f"--out {self.target}: {path} exists; choose another name or remove it")

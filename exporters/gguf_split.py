@@ -20,16 +20,7 @@ from cusprun.exporters.gguf_source import padded
 from cusprun.files import aside, copy_range
 from cusprun.runtimes.gguf_header import TensorInfo, part_path, read_layout
 
-UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}  # as gguf-split counts
 MOST_PARTS = 65535  # split.count has 16 bits
-
-
-def parse_size(value: str) -> int:
-    """Bytes of a size such as 500M or 2G. Raises InvalidRequest where it is none."""
-    found = re.fullmatch(r"([1-9][0-9]{0,8})([KMG])", value.strip().upper())
-    if found is None:
-        raise InvalidRequest(f"--split-max-size {value}: write a number with K, M or G, such as 2G")
-    return int(found[1]) * UNITS[found[2]]
 
 
 def existing_parts(out: Path) -> list[Path]:

@@ -6,6 +6,7 @@ import random
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -14,21 +15,62 @@ from tests import pico
 WORDS = sorted({word for sentence in pico.SENTENCES for word in sentence.split()})
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with tests that run alone first, then those with slow ones: what is left at the end is short."""
+    files: dict[Path, tuple[bool, bool]] = {}
+    for item in items:
+        alone, slow = files.get(item.path, (False, False))
+        files[item.path] = (alone or is_alone(item), slow or item.get_closest_marker("slow") is not None)
+    items.sort(key=lambda item: files[item.path], reverse=True)
+
+
+def is_alone(item: pytest.Item | None) -> bool:
+    """Whether no other test may run beside this one."""
+    return item is not None and item.get_closest_marker("alone") is not None
+
+
+class Turn:
+    """A worker's right to run a test, among those of one run of pytest: shared by all, or one worker's alone."""
+
+    def __init__(self, run: str) -> None:
+        self._name = Path(tempfile.gettempdir()) / f"cusprun-tests-{run}"
+        self._held: IO[str] | None = None
+
+    def take(self, alone: bool) -> None:
+        """Waits until it may be had; whoever waits to be alone holds back those that come after."""
+        import fcntl
+
+        if self._held:
+            return
+        lock = self._name.with_suffix(".lock").open("w")
+        with self._name.with_suffix(".turn").open("w") as queue:
+            fcntl.flock(queue, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        self._held = lock
+
+    def give_back(self) -> None:
+        """Lets the others begin."""
+        if self._held:
+            self._held.close()
+            self._held = None
+
+
+TURN = pytest.StashKey[Turn]()
+
+
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Where tests run side by side, one marked ``alone`` waits for the others and lets none begin before it is done."""
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
+    """Where tests run side by side, those marked ``alone`` wait for the others and let none begin before the last."""
     worker = getattr(item.config, "workerinput", None)
     if worker is None:
         return (yield)
-    import fcntl
-
-    name = Path(tempfile.gettempdir()) / f"cusprun-tests-{worker['testrunuid']}"
-    with name.with_suffix(".turn").open("w") as turn, name.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(turn, fcntl.LOCK_EX)  # whoever waits to be alone holds back those that come after
-        alone = item.get_closest_marker("alone") is not None
-        fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        fcntl.flock(turn, fcntl.LOCK_UN)
+    turn = item.config.stash.setdefault(TURN, Turn(worker["testrunuid"]))
+    turn.take(is_alone(item))
+    try:
         return (yield)
+    finally:
+        if not (is_alone(item) and is_alone(nextitem)):
+            turn.give_back()
 
 
 def write_text(path: Path, sentences: int, seed: int) -> Path:

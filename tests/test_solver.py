@@ -47,7 +47,8 @@ def test_sizes_are_read() -> None:
     assert parse_bytes("60MB") == 60_000_000
     assert parse_bytes("1.5 GiB") == 3 * 2**29
     assert parse_bytes("500k") == 500_000
-    for wrong in ("", "MB", "60 parsecs", "-5MB", "0MB", "1e3MB"):
+    assert parse_bytes("2G") == 2 * 10**9  # as gguf-split counts
+    for wrong in ("", "MB", "60 parsecs", "-5MB", "0MB", "0.5B", "1e3MB", "9" * 300 + "G"):
         with pytest.raises(ValueError, match="write a number with KB, MB"):
             parse_bytes(wrong)
 
