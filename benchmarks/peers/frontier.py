@@ -22,6 +22,7 @@ from cusprun.benchmarks.cost import cost
 from cusprun.benchmarks.environment import environment
 from cusprun.benchmarks.frontier import Candidate, compare, frontier_table
 from cusprun.benchmarks.peers.builds import Builds, Wish, as_words
+from cusprun.benchmarks.peers.expert_study import given_words
 from cusprun.benchmarks.peers.study_page import table_lines, write_table
 from cusprun.corpora.selection import read_texts
 from cusprun.dense import find_dense
@@ -164,7 +165,7 @@ def main() -> None:
         repetitions=None if options.no_speed else options.repetitions, threads=options.threads,
     )  # fmt: skip
     found |= {"settings": study.settings(), "environment": environment()}
-    found["command"] = "python -m cusprun.benchmarks.peers.frontier"
+    found["command"] = " ".join(["python -m cusprun.benchmarks.peers.frontier", *given_words()])
     whole = cost(dense.artifact("q4_0")).file_bytes
     write_pages(options.out, found, [*wish_holds(found["rows"], found["text"], whole), *found["verdicts"]])
     say(f"written: {options.out}.json, .csv, .md, .png")

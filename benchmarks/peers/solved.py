@@ -17,6 +17,7 @@ from typing import Any
 
 from cusprun.benchmarks.environment import environment
 from cusprun.benchmarks.peers.builds import Builds, Wish, as_words
+from cusprun.benchmarks.peers.expert_study import given_words
 from cusprun.benchmarks.peers.study_page import table_lines, write_table
 from cusprun.benchmarks.speed import bench, ratios
 from cusprun.errors import Failed
@@ -160,7 +161,7 @@ def main() -> None:
     found: dict[str, Any] = {"settings": settings, "cells": {}}
     if path.is_file() and (saved := json.loads(path.read_text(encoding="utf-8")))["settings"] == settings:
         found = saved
-    found["command"] = f"python -m cusprun.benchmarks.peers.solved --repetitions {options.repetitions}"
+    found["command"] = " ".join(["python -m cusprun.benchmarks.peers.solved", *given_words()])
     found["environment"] = environment()
     for number in options.wishes or range(len(WISHES)):
         wish = dict(WISHES[number])
