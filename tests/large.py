@@ -52,15 +52,18 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 def _tensors(anatomy: Anatomy) -> Iterator[tuple[str, torch.Tensor]]:
-    """Matrices of standard deviation 1/√(inputs), norms of one."""
+    """Matrices of standard deviation 1/√(inputs), drawn once a shape and turned a little further each time; norms 1."""
     import torch
 
     torch.manual_seed(0)
-    for name, shape in anatomy.tensor_shapes():
-        tensor = torch.ones(shape, dtype=torch.bfloat16)
-        if len(shape) == 2:
-            tensor.normal_(0.0, shape[1] ** -0.5)
-        yield name, tensor
+    drawn: dict[tuple[int, ...], torch.Tensor] = {}
+    for turn, (name, shape) in enumerate(anatomy.tensor_shapes()):
+        if len(shape) == 1:
+            yield name, torch.ones(shape, dtype=torch.bfloat16)
+            continue
+        if shape not in drawn:
+            drawn[shape] = torch.empty(shape).normal_(0.0, shape[1] ** -0.5).bfloat16()
+        yield name, drawn[shape].roll((turn, turn), (0, 1))
 
 
 if __name__ == "__main__":

@@ -215,21 +215,23 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes(
     whole = artifacts(tmp_path / "whole")
     assert {name.split("/")[0] for name in whole} == {"gguf", "model", "recipe.yaml"}
     chance = random.Random(20261122)
-    killed = ended = 0
+    killed, ended, left = 0, 0, duration
     while killed < 10:  # one folder is gone on with until a run of it ends
         out = tmp_path / f"killed-{ended}"
         process = subprocess.Popen(
             build(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
+        moment = left * chance.uniform(0.15, 0.98)
         try:
-            process.wait(duration * chance.uniform(0.15, 0.98))
+            process.wait(moment)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             killed += 1
+            left += duration / 4 - moment  # about a quarter goes into starting
         else:
             ends_the_same(process.returncode, out, whole)
-            ended += 1
+            ended, left = ended + 1, duration
     out = tmp_path / f"killed-{ended}"
     ends_the_same(subprocess.run(build(out), capture_output=True).returncode, out, whole)
 
