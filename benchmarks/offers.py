@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cusprun.additive import Table, variants
 from cusprun.anatomy import LayerWidths
-from cusprun.benchmarks.profile import Profile, fewer_rows, read_profile, take_profile
+from cusprun.benchmarks.profile import Profile, at_present, fewer_rows, read_profile, take_profile
 from cusprun.cut import Cut
 from cusprun.dense import Dense
 from cusprun.exporters.artifacts import Artifacts
@@ -99,10 +99,13 @@ class DeviceOffers:
     def _profile(self, quants: Sequence[str]) -> Profile:
         if self.recipe.device_profile is not None:
             return read_profile(self.recipe.device_profile, self.dense.anatomy, quants)
-        return take_profile(
+        found = take_profile(
             self.dense.folder, self.dense.anatomy, quants, align=self.cut.align,
             attention_goes=self.cut.limits.attention_goes, threads=self.recipe.threads, device=self.recipe.device,
         )  # fmt: skip
+        if self.recipe.budget.tps is None:
+            return found  # ratios hold at any speed
+        return at_present(found, self.dense.folder, self.dense.anatomy)
 
     def _rounding(self, quant: str) -> float:
         """Nats a token that rounding the dense model adds, on calibration-side text that is set aside; at least 0."""

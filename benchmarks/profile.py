@@ -12,7 +12,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +188,26 @@ def profile_of(dense: Dense, quants: Sequence[str], *, threads: int | None = Non
         dense.folder, dense.anatomy, quants, align=default_align(dense.anatomy, quants),
         attention_goes=limits.attention_goes, threads=threads, device=device,
     )  # fmt: skip
+
+
+def at_present(profile: Profile, dense: Path, anatomy: Anatomy) -> Profile:
+    """The profile of this device, its seconds as long as the dense model's are now.
+
+    A machine is not always as fast as on the day of its profile: the dense shape is run anew in the first type, and
+    the tables of all are scaled by what it takes now over what it took.
+    """
+    quant, kept = next(iter(profile.types)), fewer_rows(dense, anatomy)
+    with tempfile.TemporaryDirectory(prefix="cusprun-profile-") as scratch:
+        artifact = _write(dense, standing_for(anatomy), kept, quant, Path(scratch))
+        (row,) = bench(
+            [artifact], prefill=PREFILL, decode=DECODE, repetitions=ROUNDS, threads=profile.device["threads"],
+            device=profile.device["device"],
+        )  # fmt: skip
+    then = statistics.median(profile.types[quant].runs[WHOLE]["decode_s"])
+    factor = 1 / statistics.median(row.samples["decode_tps"]) / then
+    say(f"the dense model decodes at {1 / factor:.2f} times the speed it had when this device was measured")
+    types = {name: replace(one, seconds=one.seconds.scaled(factor)) for name, one in profile.types.items()}
+    return replace(profile, types=types)
 
 
 def _measure(

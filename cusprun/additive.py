@@ -116,6 +116,15 @@ class Table:
         gone = sum(self.of_layer(layer, kept) for layer, kept in zip(dense.layers, layers, strict=True))
         return self.whole - gone - self.of_rows(dense.vocab_size, rows)
 
+    def scaled(self, factor: float) -> Table:
+        """The table where every amount is ``factor`` times as large."""
+
+        def times(points: Points) -> Points:
+            return tuple((at, factor * amount) for at, amount in points)
+
+        whole, layer, row = (factor * amount for amount in (self.whole, self.layer, self.row))
+        return Table(whole, times(self.ffn), times(self.kv_heads), layer, row)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cusprun.anatomy import Anatomy, describe
-from cusprun.benchmarks.profile import STEADY, Profile, TypeProfile, read_profile, standing_for, take_profile
+from cusprun.benchmarks.profile import (
+    STEADY,
+    Profile,
+    TypeProfile,
+    at_present,
+    read_profile,
+    standing_for,
+    take_profile,
+)  # fmt: skip
 from cusprun.errors import InvalidRequest
 from tests.test_build import command, run
 
@@ -44,6 +53,22 @@ def test_every_shape_is_run_every_round(profile: Profile, anatomy: Anatomy) -> N
     assert profile.device["threads"] == 1
     smaller = anatomy.with_layers([anatomy.layers[0], None, None])
     assert found.seconds.total(anatomy, [smaller.layers[0], None, None], 200) <= found.seconds.whole
+
+
+def test_an_old_profile_is_brought_to_the_speed_of_today(
+    profile: Profile, pico_model: Path, anatomy: Anatomy, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As if the machine had been a hundred times as slow on the day of the profile."""
+    found = profile.types["q8_0"]
+    runs = {name: {**run, "decode_s": [100 * s for s in run["decode_s"]]} for name, run in found.runs.items()}
+    slow = replace(profile, types={"q8_0": replace(found, seconds=found.seconds.scaled(100), runs=runs)})
+    now = at_present(slow, pico_model, anatomy).types["q8_0"]
+    assert found.seconds.whole / 5 < now.seconds.whole < found.seconds.whole * 5
+    factor = now.seconds.whole / slow.types["q8_0"].seconds.whole
+    assert now.seconds.row == pytest.approx(factor * slow.types["q8_0"].seconds.row)
+    assert now.seconds.ffn[-1][1] == pytest.approx(factor * slow.types["q8_0"].seconds.ffn[-1][1])
+    assert now.memory == found.memory
+    assert f"decodes at {1 / factor:.2f} times the speed" in capfd.readouterr().err
 
 
 def test_it_is_read_back_for_its_own_model_and_types_alone(profile: Profile, anatomy: Anatomy, tmp_path: Path) -> None:
