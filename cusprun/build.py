@@ -221,6 +221,7 @@ class _Build:
             "scenario": self.prepared.scenario.given(),
             "base": {
                 "id": self.dense.id,
+                "hub_id": self.dense.hub_id,
                 "sha256": self.dense.sha256,
                 "parameters": self.dense.anatomy.parameters,
                 "bytes": self.dense.bytes,

@@ -26,6 +26,7 @@ from cusprun.runtimes.gguf_header import load_metadata
 
 DOWNLOADED = ("*.safetensors", INDEX, "config.json", "README.md", *COMPANIONS)
 PATIENCE_S = 10.0  # for the hub's first answer
+PUBLISHED = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what DEFAULT_MODEL is
 CONVERSION = 1  # raise when what is written for a .gguf changes
 
 
@@ -34,6 +35,7 @@ class Dense:
     """The model as it came."""
 
     id: str
+    hub_id: str | None  # under which it is published; None of what was read from a folder or file of the user's own
     folder: Path
     sha256: str  # of the weights as published: the .gguf, or the safetensors files one after the other
     key: str  # sha256 over everything in the folder that a build depends on: weights, config and tokenizer
@@ -77,7 +79,7 @@ def find_dense(model: str, revision: str | None = None) -> Dense:
     """
     path = local_path(model)
     if path is None:
-        return _from_folder(as_llama(_download(model, revision)), model)
+        return _from_folder(as_llama(_download(model, revision)), model, model)
     if path.is_dir():
         return _from_folder(as_llama(path), model)
     return _from_gguf(path, model if model == DEFAULT_MODEL else path.name)
@@ -167,7 +169,7 @@ def _context(folder: Path) -> int | None:
     return min((limit for limit in limits if isinstance(limit, int)), default=None)
 
 
-def _from_folder(folder: Path, name: str) -> Dense:
+def _from_folder(folder: Path, name: str, hub_id: str | None = None) -> Dense:
     anatomy = describe(folder)
     weights = Weights(folder)
     weights.check(anatomy)
@@ -179,6 +181,7 @@ def _from_folder(folder: Path, name: str) -> Dense:
     settings = [path for path in (folder / "config.json", *(folder / name for name in COMPANIONS)) if path.is_file()]
     return Dense(
         id=name,
+        hub_id=PUBLISHED if name == DEFAULT_MODEL else hub_id,
         folder=folder,
         sha256=noted.get("source_sha256", digest),
         key=hashlib.sha256("".join([digest, *map(sha256_file, settings)]).encode()).hexdigest(),

@@ -14,11 +14,8 @@ from typing import Any
 
 from cusprun.deploy.expert import Expert
 from cusprun.errors import InvalidRequest, MissingPackage
-from cusprun.recipe import DEFAULT_MODEL
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# Hub ids of models that are named otherwise here.
-PUBLISHED = {DEFAULT_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 EXPRESSION = re.compile(r" (?:AND|OR|WITH) ")
 OWN = "file:"  # what the name of a user's own text begins with
 
@@ -58,7 +55,7 @@ def trace(expert: Expert) -> Provenance:
     """The provenance of an expert. Raises InvalidRequest where expert.json is damaged."""
     try:
         base = expert.card["base"]
-        name, licence = str(base["id"]), base.get("licence")
+        name, hub_id, licence = str(base["id"]), base.get("hub_id"), base.get("licence")
         rows = expert.card.get("texts")
         if rows is None and expert.report is not None:
             rows = [row for row in expert.report["corpora"] if row["side"] == "calibration"]
@@ -70,7 +67,8 @@ def trace(expert: Expert) -> Provenance:
         own = {row["entry"] for row in rows or () if row["entry"].startswith(OWN)}
     except (KeyError, TypeError, AttributeError) as error:
         raise InvalidRequest(f"{expert.folder}: expert.json is damaged: {error!r}; build the expert again") from error
-    hub_id = PUBLISHED.get(name) or (name if HUB_ID.fullmatch(name) and not Path(name).exists() else None)
+    if hub_id is not None and not (isinstance(hub_id, str) and HUB_ID.fullmatch(hub_id)):
+        raise InvalidRequest(f"{expert.folder}: expert.json is damaged: hub_id {hub_id!r}; build the expert again")
     return Provenance(
         base=name if hub_id else base_name(name),
         hub_id=hub_id,

@@ -15,7 +15,7 @@ from cusprun import __version__
 from cusprun.checkpoint import load_tokenizer
 from cusprun.corpora.selection import read_aside, read_texts, read_windows
 from cusprun.cut import Cut
-from cusprun.dense import Dense, local_path
+from cusprun.dense import Dense
 from cusprun.exporters.compensation import Roundings
 from cusprun.exporters.dense_artifacts import DenseArtifacts, sample_windows, take_imatrix
 from cusprun.files import folder_written_whole, sha256_file, written_whole
@@ -172,12 +172,11 @@ class Artifacts:
         from cusprun.exporters.gguf_card import read_card
 
         scenario, dense = self.prepared.scenario, self.dense
-        of_hub = local_path(self.recipe.model) is None
         card, corpora = read_card(dense.folder), self.cut.text.get("corpora", [])
         values: dict[str, str | list[str] | None] = {
             **{key: card[key] for key in ("license_name", "license_link") if key in card},
             "license": dense.licence,
-            "base_model": [dense.id if of_hub else Path(dense.id).name],
+            "base_model": [dense.hub_id or Path(dense.id).name],
             "languages": [scenario.language] if scenario.language else [],
             "tags": ["cusprun", *scenario.given().values()],
             "datasets": sorted({row["entry"] for row in corpora if row["side"] == "calibration" and row["source"]}),

@@ -215,6 +215,30 @@ def test_a_licence_that_is_not_known_is_said(tmp_path: Path, pico_expert: Path) 
         assert "Users" not in "".join(path.read_text(errors="replace") for path in out.glob("*.*"))
 
 
+def test_a_base_model_is_what_the_build_knew_wherever_it_is_shipped(
+    tmp_path: Path, pico_expert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative folder reads like a hub id, and a folder may lie where it is shipped that is called as a hub id is."""
+    copy = tmp_path / "expert"
+    shutil.copytree(pico_expert, copy)
+    card = json.loads((copy / "expert.json").read_text())
+    (tmp_path / "owner" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for base, hub_id in (("models/mine", None), ("owner/model", "owner/model")):
+        card["base"] |= {"id": base, "hub_id": hub_id}
+        (copy / "expert.json").write_text(json.dumps(card))
+        out = tmp_path / base.partition("/")[2]
+        ship(copy, "laptop", out, archive="none")
+        front = yaml.safe_load((out / "MODEL_CARD.md").read_text().split("---")[1])
+        assert front.get("base_model") == hub_id
+        shipped = json.loads((out / "expert.json").read_text())["base"]
+        assert (shipped["id"], shipped["hub_id"]) == (hub_id or "mine", hub_id)
+    card["base"]["hub_id"] = "../../x"
+    (copy / "expert.json").write_text(json.dumps(card))
+    with pytest.raises(InvalidRequest, match=r"hub_id '\.\./\.\./x'"):
+        ship(copy, "laptop", tmp_path / "no", archive="none")
+
+
 def test_the_modelfile_parses_and_asks_as_the_model_was_taught(laptop: Path) -> None:
     rows = parse_modelfile((laptop / "Modelfile").read_text())
     commands = dict(rows)
