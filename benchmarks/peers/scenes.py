@@ -84,7 +84,8 @@ def selection_key(scene: Scene, window: int) -> str:
 
 def general_rows(scene: Scene) -> list[dict[str, Any]]:
     """General calibration text of the scene's language: what the share of --general is taken from."""
-    return [{"text": item.document.text} for item in general_text(scene.scenario, scene.include)]
+    own = tuple(map(parse_own_text, scene.corpus))
+    return [{"text": item.document.text} for item in general_text(scene.scenario, own, named=scene.include)]
 
 
 def conversation_rows(scene: Scene) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from cusprun.corpora.archives import read_members
 from cusprun.corpora.cache import cache_folder, make_folder
 from cusprun.corpora.catalog import Entry, Source
 from cusprun.corpora.document import Document, Scenario, from_json, to_json
-from cusprun.corpora.own import read_own
+from cusprun.corpora.own import read_originals
 from cusprun.corpora.parsers import VERSION, Draft, find_parser
 from cusprun.corpora.sources import fetch
 from cusprun.corpora.split import (
@@ -31,6 +32,10 @@ from cusprun.corpora.split import (
 from cusprun.corpora.text import DOCUMENT_LIMIT, split_text
 from cusprun.errors import Failed
 from cusprun.files import folder_written_whole
+from cusprun.progress import say
+
+LEAST_SIDE = 0.1  # of a user's characters, for calibration as for evaluation
+OWN_SIDES = 2  # raise when a user's text comes to other sides
 
 
 @dataclass(frozen=True)
@@ -110,11 +115,34 @@ def _drafts(entry: Entry) -> Iterator[Draft]:
 
 
 def open_own(path: Path, name: str, scenario: Scenario) -> Shelf:
-    """The user's file or folder, tagged with the scenario, with sides by the same rules; nothing is cached."""
-    documents = read_own(path, name, scenario)
+    """The user's file or folder, tagged with the scenario, with sides by the same rules; nothing is cached.
+
+    A file or row that is cut into several documents lies on one side. Where that would leave a side with less than
+    LEAST_SIDE of the text, there are too few originals, and their pieces are dealt out one by one, which is said.
+    """
+    documents, originals = zip(*read_originals(path, name, scenario), strict=True)
     signatures = sign([document.text for document in documents])
-    sides = assign_sides(documents, [document.id for document in documents], signatures)
-    return Shelf(name, tuple(documents), tuple(sides), signatures)
+    sides = assign_sides(documents, originals, signatures)
+    if len(set(originals)) < len(documents) and _least_share(documents, sides) < LEAST_SIDE:
+        sides = assign_sides(documents, [document.id for document in documents], signatures)
+        placed = set(zip(originals, sides, strict=True))
+        if any((where, "calibration") in placed and (where, "held-out") in placed for where in originals):
+            _say_once(
+                f"{path.name}: too few texts to hold whole ones out: what is measured on are other parts of the texts "
+                "that are calibrated on; give more files or rows where that is too easy"
+            )
+    return Shelf(name, documents, tuple(sides), signatures)
+
+
+def _least_share(documents: Sequence[Document], sides: Sequence[Side]) -> float:
+    """The share of the characters that the poorer side has."""
+    characters = dict.fromkeys(("calibration", "held-out", "dropped"), 0)
+    for document, side in zip(documents, sides, strict=True):
+        characters[side] += len(document.text)
+    return min(characters["calibration"], characters["held-out"]) / sum(characters.values())
+
+
+_say_once = cache(say)  # a file is opened for several purposes
 
 
 def without_leaks(shelves: Sequence[Shelf], kept_out: Sequence[Shelf]) -> dict[str, list[Document]]:

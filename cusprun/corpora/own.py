@@ -15,7 +15,7 @@ from cusprun.runtimes import Message
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 ROWS = '{"text"}, {"question", "answer"}, {"messages": [{"role", "content"}, ...]} or {"prompt", "choices", "answer"}'
-PIECE = 4000  # characters of one document of running text: short, so that a small file has both sides
+PIECE = 4000  # characters of one document of running text: short, so that one small file can have both sides
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -53,10 +53,16 @@ def parse_dimension(value: str) -> tuple[str, Path]:
 
 
 def read_own(path: Path, entry: str, scenario: Scenario) -> list[Document]:
-    """The documents of a file or of every txt, md, jsonl and parquet file in a folder, in order.
+    """The documents of :func:`read_originals`."""
+    return [document for document, _ in read_originals(path, entry, scenario)]
 
-    ``entry`` is the name they go by. Ids are made of the content, so that they stay when rows are added. Raises
-    InvalidRequest where the path is missing, empty, binary, unreadable or in another form, saying what is expected.
+
+def read_originals(path: Path, entry: str, scenario: Scenario) -> list[tuple[Document, str]]:
+    """The documents of a file or of every txt, md, jsonl and parquet file in a folder, in order, and where each stood.
+
+    Pieces of one text stood in one place, a file or a row. ``entry`` is the name they go by. Ids are made of the
+    content, so that they stay when rows are added. Raises InvalidRequest where the path is missing, empty, binary,
+    unreadable or in another form, saying what is expected.
     """
     if not path.exists():
         raise InvalidRequest(f"there is no file {path}")
@@ -68,16 +74,16 @@ def read_own(path: Path, entry: str, scenario: Scenario) -> list[Document]:
         files = [path]
     else:
         raise InvalidRequest(f"{path}: {', '.join(SUFFIXES)} files can be read, not {path.suffix or 'this'}")
-    documents: dict[str, Document] = {}
+    documents: dict[str, tuple[Document, str]] = {}
     for file in files:
-        for document in _read_file(file, entry, scenario):
-            documents.setdefault(document.id, document)
+        for document, where in _read_file(file, entry, scenario):
+            documents.setdefault(document.id, (document, where))
     if not documents:
         raise InvalidRequest(f"{path} holds no text")
     return list(documents.values())
 
 
-def _read_file(path: Path, entry: str, scenario: Scenario) -> Iterator[Document]:
+def _read_file(path: Path, entry: str, scenario: Scenario) -> Iterator[tuple[Document, str]]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         rows: Iterator[tuple[str, Any]] = _parquet_rows(path)
@@ -88,9 +94,8 @@ def _read_file(path: Path, entry: str, scenario: Scenario) -> Iterator[Document]
     for where, row in rows:
         for text, turns, question in read_row(row, where):
             key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-            yield Document(
-                f"{entry}/{key}", text, entry, scenario.language, scenario.domain, scenario.task, turns, question
-            )
+            tags = (scenario.language, scenario.domain, scenario.task)
+            yield Document(f"{entry}/{key}", text, entry, *tags, turns, question), where
 
 
 def _read_text(path: Path) -> str:

@@ -121,12 +121,21 @@ def general_entries(scenario: Scenario, named: Sequence[str] = ()) -> tuple[Entr
     return tuple(entry for entry in entries if _default(entry, named))
 
 
-def general_text(scenario: Scenario, named: Sequence[str] = ()) -> list[WeightedDocument]:
-    """Calibration text of the general domain in the scenario's language (English where none is given)."""
+def general_text(
+    scenario: Scenario,
+    own: Sequence[OwnText] = (),
+    dims: Mapping[str, Path] | None = None,
+    *,
+    named: Sequence[str] = (),
+) -> list[WeightedDocument]:
+    """Calibration text of the general domain in the scenario's language (English where none is given).
+
+    Nothing in it resembles held-out text, the user's ``own`` and ``dims`` included.
+    """
     shelves = [open_shelf(entry) for entry in general_entries(scenario, named)]
     kept_out = [open_shelf(entry) for group in evaluation_entries(scenario, named).values() for entry in group]
-    texts = without_leaks(shelves, kept_out)
-    return _weighted(_shares([name for name in texts if texts[name]], texts, 1.0), texts)
+    texts = without_leaks(shelves, [*kept_out, *open_all(own, scenario), *open_dims(dims).values()])
+    return _weighted(_shares([shelf.name for shelf in shelves if texts[shelf.name]], texts, 1.0), texts)
 
 
 def evaluation_texts(

@@ -17,6 +17,7 @@ import numpy as np
 
 from cusprun.corpora.catalog import load_catalog
 from cusprun.corpora.document import Document, OwnText, Question, Scenario, WeightedDocument, fingerprint
+from cusprun.corpora.library import OWN_SIDES
 from cusprun.corpora.packing import FEWEST, pack_windows, render
 from cusprun.corpora.parsers import VERSION
 from cusprun.corpora.sampling import dimension_corpora, evaluation_texts, general_text, questions
@@ -55,8 +56,8 @@ class Selection:
 
     def key(self) -> str:
         """Hex sha256 over everything that decides which text comes out: wishes, the user's files, the catalog."""
-        own = [[_sha256(text.path), text.weight] for text in self.own]
-        dims = {name: _sha256(path) for name, path in self.dims.items()}
+        own = [[OWN_SIDES, _sha256(text.path), text.weight] for text in self.own]
+        dims = {name: [OWN_SIDES, _sha256(path)] for name, path in self.dims.items()}
         catalog = [entry.model_dump(mode="json", exclude={"tried"}) for entry in load_catalog()]
         sizes = [self.tokens, self.window, self.questions, self.seed, self.general, dict(self.weights)]
         values = [VERSION, asdict(self.scenario), own, dims, self.include, sizes, catalog]
@@ -74,7 +75,7 @@ class Selection:
                 f"--weight {unknown[0]}: no such dimension; dimensions of this scenario: {', '.join(corpora)}"
             )
         if self.general and self.scenario.domain != "general" and GENERAL not in corpora:
-            text = general_text(self.scenario, self.include)
+            text = general_text(self.scenario, self.own, self.dims, named=self.include)
             corpora |= {GENERAL: text} if text else {}
         return corpora
 

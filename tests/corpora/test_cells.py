@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cusprun.corpora.catalog import cell, find_entries, load_catalog
-from cusprun.corpora.document import Scenario
+from cusprun.corpora.document import OwnText, Scenario, WeightedDocument
 from cusprun.corpora.library import open_shelf
 from cusprun.corpora.listing import pull, show, unreachable
 from cusprun.corpora.sampling import all_entries, dimension_corpora, evaluation_texts, general_text, questions
@@ -71,6 +72,24 @@ def test_nothing_held_out_is_calibrated_on() -> None:
     assert not any(
         prompt in document.text for document in calibrated.values() for prompt in prompts if len(prompt) > 80
     )
+
+
+def test_general_text_leaves_out_what_is_held_out_of_the_users_own(tmp_path: Path) -> None:
+    """A user's file of texts that the catalog has too, some words longer."""
+    path = tmp_path / "own.jsonl"
+    texts = [item.document.text for item in general_text(LEGAL)][:60]
+    path.write_text("\n".join(json.dumps({"text": f"{text[:3000]}\nWords of our own."}) for text in texts))
+    own = [OwnText(path)]
+    index = Index()
+    for signature in sign([document.text for document in evaluation_texts(Scenario("nl"), own)["scenario"]]):
+        index.add(signature)
+
+    def resembling(documents: list[WeightedDocument]) -> int:
+        return sum(bool(index.resembling(row)) for row in sign([item.document.text for item in documents]))
+
+    assert resembling(general_text(LEGAL)) > 0
+    assert resembling(general_text(LEGAL, own)) == 0
+    assert resembling(general_text(LEGAL, dims={"style": path})) == 0
 
 
 def test_a_document_is_on_the_same_side_in_every_scenario() -> None:

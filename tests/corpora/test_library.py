@@ -10,7 +10,7 @@ import pytest
 
 from cusprun.corpora.catalog import Entry, HubSource, Source
 from cusprun.corpora.document import OwnText, Scenario
-from cusprun.corpora.library import is_read, open_shelf
+from cusprun.corpora.library import is_read, open_own, open_shelf
 from cusprun.corpora.sampling import dimension_corpora, evaluation_texts, questions
 from cusprun.corpora.sources import cached_file, check, fetch, is_cached
 from cusprun.errors import Failed, InvalidRequest
@@ -163,6 +163,40 @@ def test_own_text_serves_a_language_that_the_catalog_lacks(tmp_path: Path) -> No
     calibrated = {item.document.id for group in corpora.values() for item in group}
     assert not calibrated & {document.id for group in held.values() for document in group}
     assert not {item.document.question.prompt for item in corpora["language"]} & {q.question.prompt for q in asked}
+
+
+def long_texts(folder: Path, count: int) -> Path:
+    """Texts of about 12,000 characters, no two alike, a file each."""
+    folder.mkdir()
+    for n in range(count):
+        paragraphs = [f"{n} {k} " + " ".join(f"w{n}x{k}y{word}" for word in range(60)) for k in range(24)]
+        (folder / f"{n:02}.txt").write_text("\n\n".join(paragraphs))
+    return folder
+
+
+def test_parts_of_an_own_text_are_on_one_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = long_texts(tmp_path / "contracts", 20)
+    rows = tmp_path / "contracts.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": path.read_text()}) for path in sorted(folder.iterdir())))
+    for path in (folder, rows):
+        shelf = open_own(path, "file:own", Scenario())
+        sides: dict[str, set[str]] = {}
+        for document, side in zip(shelf.documents, shelf.sides, strict=True):
+            sides.setdefault(document.text.split("x")[0].split("w")[1], set()).add(side)
+        assert len(shelf.documents) >= 3 * len(sides) == 60
+        assert all(len(found) == 1 for found in sides.values())
+        assert {side for found in sides.values() for side in found} == {"calibration", "held-out"}
+    assert capsys.readouterr().err == ""
+
+
+def test_one_long_text_alone_is_cut_and_that_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (source,) = long_texts(tmp_path / "one", 1).iterdir()
+    path = tmp_path / "only.txt"
+    path.write_text("\n\n".join(source.read_text().replace("w0x", f"v{k}x") for k in range(8)))
+    for _ in range(2):
+        shelf = open_own(path, "file:only.txt", Scenario())
+    assert {"calibration", "held-out"} <= set(shelf.sides)
+    assert capsys.readouterr().err.count("only.txt: too few texts to hold whole ones out") == 1
 
 
 def test_own_text_with_nothing_left_to_calibrate_is_refused(tmp_path: Path) -> None:
