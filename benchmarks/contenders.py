@@ -20,8 +20,9 @@ from cusprun.corpora.selection import Selection, read_texts
 from cusprun.dense import Dense, find_dense
 from cusprun.errors import InvalidRequest
 from cusprun.exporters.dense_artifacts import DenseArtifacts
-from cusprun.formats import format_of
+from cusprun.formats import Rounding, format_of
 from cusprun.preflight import model_name
+from cusprun.quants import TYPES
 from cusprun.recipe import Recipe, read_recipe
 from cusprun.runtimes import is_onnx, no_artifact
 
@@ -112,9 +113,9 @@ def compare_artifacts(
     ``quants`` are the types, joined by commas or "all", that ``dense`` (by itself the model that the first expert came
     from) and the ``smaller`` models are taken in. Raises InvalidRequest where something makes no sense, all at once.
     """
-    types = _types(quants)
     candidates, experts = find_candidates(paths)
     expert = experts[0] if experts else None
+    types = _types(quants, expert.recipe.rounding if expert is not None else "nearest")
     problems = []
     if text is None and expert is None:
         problems.append("no expert is among them, whose held-out text could be taken: name a text with --text FILE")
@@ -141,12 +142,22 @@ def compare_artifacts(
         )  # fmt: skip
 
 
-def _types(quants: Sequence[str]) -> list[str]:
-    """Types joined by commas come apart, ``all`` is EVERY. Raises InvalidRequest for what is no type."""
+def every(rounding: Rounding) -> tuple[str, ...]:
+    """EVERY, without what needs an importance matrix where none is taken."""
+    return tuple(kind for kind in EVERY if rounding != "nearest" or not TYPES[kind].needs_imatrix)
+
+
+def _types(quants: Sequence[str], rounding: Rounding) -> list[str]:
+    """Types joined by commas come apart, ``all`` is every one. Raises InvalidRequest for what is no type, or cannot be
+    written with this rounding."""
     named = [part for value in quants for part in value.split(",") if part]
-    types = list(dict.fromkeys(kind for name in named for kind in (EVERY if name == "all" else (name,))))
+    types = list(dict.fromkeys(kind for name in named for kind in (every(rounding) if name == "all" else (name,))))
     for kind in types:
-        format_of(kind)
+        if format_of(kind) == "gguf" and kind not in every(rounding) and TYPES[kind].needs_imatrix:
+            raise InvalidRequest(
+                f"--quant {kind} needs an importance matrix, which is taken of an expert's calibration text: compare "
+                "with an expert that was not built with --rounding nearest, or name another type"
+            )
     return types
 
 

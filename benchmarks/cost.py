@@ -40,7 +40,7 @@ def cost(artifact: Path) -> Cost:
     if is_onnx(artifact):
         from cusprun.benchmarks.onnx_cost import graph_cost
 
-        size = sum(file.stat().st_size for file in artifact.glob("*.onnx*"))
+        size = sum(file.stat().st_size for file in artifact.rglob("*") if file.is_file())
         graph = graph_cost(artifact)
         return Cost(
             "onnx", graph.quant, size, graph.parameters, graph.macs_per_token, graph.weight_bytes,

@@ -17,6 +17,13 @@ CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 VECTORS = re.compile(r"sse4_[12]|avx.*|f16c|fma|bmi2|amx.*|asimd.*|sve.*|sme|sme2.*|i8mm|bf16|neon")
 
 
+def machine() -> dict[str, Any]:
+    """:func:`environment` without what changes from minute to minute: where this differs, figures are measured anew."""
+    found = environment()
+    del found["load_average"]
+    return found
+
+
 def environment() -> dict[str, Any]:
     """CPU name and cores, memory in bytes, system, Python and package versions; no heavy import.
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from cusprun.benchmarks.answer_store import artifact_sha256
 from cusprun.benchmarks.cost import cost
+from cusprun.benchmarks.environment import machine
 from cusprun.benchmarks.quality import evaluate_corpora, join
 from cusprun.benchmarks.speed import Spread, bench
 from cusprun.benchmarks.tables import Grid
@@ -129,7 +130,8 @@ def _quality(
     contents = [hashed[path], None if reference is None else hashed[reference]]
     if contents[0] == contents[1]:
         return dict.fromkeys(texts, 0.0)
-    values = [VERSION, contents, {name: _digest(text) for name, text in texts.items()}, settings]
+    read = {name: _digest(text) for name, text in texts.items()}
+    values = [VERSION, contents, read, settings, machine()["versions"]]
     key = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     store = cache_folder() / "frontier" / f"{key[:32]}.json"
     if not store.is_file():

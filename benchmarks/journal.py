@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from cusprun.benchmarks.environment import environment
+from cusprun.benchmarks.environment import machine
 from cusprun.corpora.cache import make_folder
 from cusprun.errors import InvalidRequest
 from cusprun.files import written_whole
@@ -31,8 +31,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path, asked: Any) -> None:
-        machine = {key: value for key, value in environment().items() if key != "load_average"}
-        identity = json.dumps([VERSION, asked, machine], sort_keys=True)
+        identity = json.dumps([VERSION, asked, machine()], sort_keys=True)
         make_folder(folder)
         self._path = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.jsonl"
         self._lock = FileLock(self._path.with_suffix(".lock"))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cusprun.additive import Table, variants
 from cusprun.anatomy import LayerWidths
+from cusprun.benchmarks.environment import machine
 from cusprun.benchmarks.profile import Profile, at_present, fewer_rows, read_profile, take_profile
 from cusprun.cut import Cut
 from cusprun.dense import Dense
@@ -35,6 +36,12 @@ class DeviceOffers:
         self.stages, self.cut, self.artifacts = stages, cut, artifacts
 
     def key(self) -> str:
+        """What a solved plan depends on: with speed or memory in the wish, this machine too."""
+        recipe = self.recipe
+        here = recipe.budget.timed and recipe.device_profile is None
+        return self._key() + (json.dumps(machine()) if here else "")
+
+    def _key(self) -> str:
         recipe = self.recipe
         fields = recipe.key("quant", "rounding", "tensor_type", "block_size", "zero_points", "output_bits", "threads")
         given = sha256_file(recipe.device_profile) if recipe.device_profile is not None else ""
@@ -93,7 +100,7 @@ class DeviceOffers:
             return Table.of(shapes, found).to_json()
 
         name = f"sizes.{quant}"
-        inputs = [self.dense.key, self.key(), self.cut.limits.key(), str(self.cut.align), self.prepared.name]
+        inputs = [self.dense.key, self._key(), self.cut.limits.key(), str(self.cut.align), self.prepared.name]
         return Table.from_json(self.stages.step(name, inputs, [], take)["value"])
 
     def _profile(self, quants: Sequence[str]) -> Profile:
@@ -117,7 +124,7 @@ class DeviceOffers:
             return {"nats": max(0.0, nats), "kld_mean": proof.kld_mean, "tokens": proof.tokens}
 
         text = sha256_file(self.cut.windows_path)
-        found = self.stages.step(f"rounding.{quant}", [self.dense.key, self.key(), text], [], measure)
+        found = self.stages.step(f"rounding.{quant}", [self.dense.key, self._key(), text], [], measure)
         return float(found["value"]["nats"])
 
 

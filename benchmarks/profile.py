@@ -19,7 +19,7 @@ from typing import Any
 from cusprun.additive import ROW_SHARE, WHOLE, Table, variants
 from cusprun.allocation import default_align
 from cusprun.anatomy import Anatomy
-from cusprun.benchmarks.environment import environment
+from cusprun.benchmarks.environment import machine
 from cusprun.benchmarks.speed import bench
 from cusprun.corpora.cache import cache_folder
 from cusprun.dense import Dense, find_dense
@@ -133,9 +133,7 @@ def take_profile(
 ) -> Profile:
     """The profile of this device for the model folder ``dense``; what was measured before is taken from the cache."""
     used = threads or default_threads()
-    own = environment()
-    own.pop("load_average")
-    where = {"environment": own, "threads": used, "device": device}
+    where = {"environment": machine(), "threads": used, "device": device}
     types = {}
     for quant in quants:
         settings = [

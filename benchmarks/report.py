@@ -102,7 +102,7 @@ def build_report(
     report = {
         "schema_version": SCHEMA_VERSION,
         "cusprun": __version__,
-        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "measured_at": speed[0].measured_at or datetime.now(UTC).isoformat(timespec="seconds"),
         "scenario": dict(scenario),
         "method": dict(method),
         "environment": {**environment(), "threads": speed[0].threads, "device": speed[0].device},

@@ -6,6 +6,7 @@ with the same bytes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -91,7 +92,8 @@ class _Build:
 
     def _frontier(self, artifacts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The expert's artifacts beside the dense model in every type."""
-        from cusprun.benchmarks.contenders import EVERY, REFERENCE, dense_name, expert_name
+        from cusprun.benchmarks.contenders import REFERENCE, dense_name, every, expert_name
+        from cusprun.benchmarks.environment import machine
         from cusprun.benchmarks.frontier import Candidate, compare
 
         recipe, dense = self.recipe, self.artifacts.dense_artifact
@@ -102,7 +104,9 @@ class _Build:
                 Candidate(expert_name(self.prepared.name, entry["quant"]), self.out / entry["path"], "expert")
                 for entry in artifacts
             ]
-            candidates += [Candidate(dense_name(self.dense, quant), dense(quant), "dense") for quant in EVERY]
+            candidates += [
+                Candidate(dense_name(self.dense, quant), dense(quant), "dense") for quant in every(recipe.rounding)
+            ]
             return compare(
                 candidates, texts, reference=dense(REFERENCE), max_tokens=recipe.eval_tokens,
                 repetitions=recipe.repetitions, threads=recipe.threads, device=recipe.device,
@@ -110,6 +114,7 @@ class _Build:
 
         fields = recipe.key("eval_tokens", "repetitions", "threads", "device", "rounding", "tensor_type")
         inputs = [*(entry["sha256"] for entry in artifacts), self.dense.key, fields, sha256_file(self.cut.texts_path)]
+        inputs.append(json.dumps(machine()))
         found: dict[str, Any] = self.stages.step("frontier", inputs, [], run)["value"]
         return found
 
@@ -118,6 +123,7 @@ class _Build:
     ) -> dict[str, Any]:
         """Dense and expert as shipped; writes the report of this artifact and returns it."""
         from cusprun.benchmarks import quality, report, samples, speed, tasks
+        from cusprun.benchmarks.environment import machine
 
         recipe, quant = self.recipe, artifact["quant"]
         expert, dense = self.out / artifact["path"], self.artifacts.dense_artifact(quant)
@@ -150,11 +156,13 @@ class _Build:
         def run_samples() -> Any:
             return samples.sample_answers(expert, dense, prompts, threads=threads, device=device)
 
-        step, read_text = self.stages.step, sha256_file(self.cut.texts_path)
-        speeds = step(f"speed.{quant}", [*both, recipe.key("repetitions", "threads", "device")], [], run_speed)
-        read = step(f"quality.{quant}", [*both, recipe.key("eval_tokens"), read_text], [], run_quality)
-        answers = step(f"questions.{quant}", [*both, read_text], [], run_questions)["value"] if asked else []
-        said = step(f"samples.{quant}", [*both, read_text], [], run_samples)["value"] if prompts else []
+        step, here = self.stages.step, machine()
+        timed = [*both, recipe.key("repetitions", "threads", "device"), json.dumps(here)]
+        answered = [*both, sha256_file(self.cut.texts_path), json.dumps(here["versions"])]
+        speeds = step(f"speed.{quant}", timed, [], run_speed)
+        read = step(f"quality.{quant}", [*answered, recipe.key("eval_tokens")], [], run_quality)
+        answers = step(f"questions.{quant}", answered, [], run_questions)["value"] if asked else []
+        said = step(f"samples.{quant}", answered, [], run_samples)["value"] if prompts else []
         plan = self.cut.plan
         assert plan is not None  # a method without a plan has no artifact to measure
         whole = report.build_report(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,6 +64,32 @@ def test_what_a_build_leaves(expert: Path) -> None:
     recipe = yaml.safe_load((expert / "recipe.yaml").read_text())
     assert recipe["ratio"] == 0.3
     assert "out" not in recipe
+
+
+ELSEWHERE = """
+from cusprun.benchmarks import environment
+environment.cpu_name = lambda: "another processor"
+from cusprun.cli import main
+main()
+"""
+
+
+def test_on_another_machine_speed_is_measured_anew_and_nothing_else(
+    tmp_path: Path, expert: Path, pico_model: Path, own_text: Path
+) -> None:
+    out = tmp_path / "expert"
+    shutil.copytree(expert, out)
+    words = ("build", "--model", pico_model, "--corpus", own_text, "--out", out, "--ratio", 0.3, *MEASURED)
+    again = run(*words)
+    moved = subprocess.run([sys.executable, "-c", ELSEWHERE, *map(str, words)], capture_output=True, text=True)
+    assert moved.returncode == 0, moved.stderr
+    for stage in ("model", "gguf.f32", "quality.f32"):
+        assert f"{stage}: done before, kept" in again.stderr
+        assert f"{stage}: done before, kept" in moved.stderr
+    assert "speed.f32: done before, kept" in again.stderr
+    assert "speed.f32: done before, kept" not in moved.stderr
+    dates = [json.loads((folder / "report" / "report.json").read_text())["measured_at"] for folder in (expert, out)]
+    assert dates[0] < dates[1]
 
 
 def test_expert_json(expert: Path) -> None:

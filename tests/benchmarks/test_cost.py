@@ -10,6 +10,7 @@ from cusprun.benchmarks.speed import bench, ratios
 from cusprun.compact import compact
 from cusprun.errors import Failed, InvalidRequest
 from cusprun.exporters.gguf import export_gguf
+from cusprun.exporters.onnx import export_onnx
 from cusprun.plan import LayerPlan, make_plan
 from cusprun.vocabulary import close, read_pieces, trim_model
 from tests import pico
@@ -36,6 +37,13 @@ def test_folder_and_gguf(tmp_path: Path, tied: bool) -> None:
     assert costs["q8_0"].quant == "q8_0"
     assert costs["q8_0"].file_bytes == files["q8_0"].stat().st_size < costs["f32"].file_bytes
     assert costs["folder"].file_bytes == sum(path.stat().st_size for path in folder.iterdir())
+
+
+def test_an_onnx_folder_is_as_large_as_all_its_files(tmp_path: Path) -> None:
+    """The tokenizer too: a GGUF holds it as well."""
+    report = export_onnx(pico.save_model(tmp_path / "model"), tmp_path / "onnx", "int8")
+    assert cost(report.path).file_bytes == report.bytes
+    assert report.bytes > sum(path.stat().st_size for path in report.path.glob("*.onnx*"))
 
 
 def test_layers_gone_layers_without_attention_and_a_trimmed_vocabulary(tmp_path: Path) -> None:

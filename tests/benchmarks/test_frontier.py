@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from cusprun.benchmarks.contenders import compare_artifacts, find_candidates
+from cusprun.benchmarks.contenders import EVERY, compare_artifacts, find_candidates
 from cusprun.benchmarks.frontier import Point, compare, dominating, frontier_table, remark, verdicts
 from cusprun.benchmarks.quality import evaluate
 from cusprun.benchmarks.speed import Spread
@@ -102,6 +103,21 @@ def test_speed_and_memory_join(folder: Path, gguf: Path, text: str, tmp_path: Pa
     )
     assert found["text"] == "t"
     assert all(row["decode_tps"]["n"] == 2 and row["peak_rss_bytes"] > 0 for row in found["rows"])
+
+
+def test_a_type_that_needs_text_is_left_out_where_there_is_none(
+    folder: Path, gguf: Path, text: str, tmp_path: Path
+) -> None:
+    (tmp_path / "t.txt").write_text(text * 8)
+
+    def taken(quant: str) -> dict[str, Any]:
+        return compare_artifacts(
+            [gguf], text=tmp_path / "t.txt", dense=str(folder), quants=[quant], eval_tokens=1024, repetitions=None
+        )
+
+    assert {row["quant"] for row in taken("all")["rows"] if row["kind"] == "dense"} == set(EVERY) - {"iq2_m"}
+    with pytest.raises(InvalidRequest, match="--quant iq2_m needs an importance matrix"):
+        taken("q8_0,iq2_m")
 
 
 def test_what_cannot_be_compared_is_told_together(gguf: Path, tmp_path: Path) -> None:
