@@ -18,6 +18,7 @@ from cusprun.deploy.manifest import SIGNATURE
 from cusprun.errors import Failed, InvalidRequest, MissingPackage
 from cusprun.files import aside
 
+NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 LONGEST_KEY = 65536  # bytes
 LONGEST_SIGNATURE = 16 << 20
 
@@ -31,20 +32,30 @@ def make_key(out: Path, passphrase: str | None = None) -> tuple[Path, Path]:
     public = out.with_name(f"{out.name}.pub")
     for path in (out, public):
         if path.exists() or path.is_symlink():
-            raise InvalidRequest(f"--out {out}: {path} exists; a key is never overwritten: choose another name")
+            raise _exists(out, path)
     key = ec.generate_private_key(ec.SECP256R1())
     hidden = serialization.BestAvailableEncryption(passphrase.encode()) if passphrase else serialization.NoEncryption()
     content = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, hidden)
     out.parent.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
     try:
-        with os.fdopen(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(content)
-        with public.open("xb") as file:
-            file.write(_pem(key.public_key()))
+        for path, text, mode in ((out, content, 0o600), (public, _pem(key.public_key()), 0o666)):
+            try:
+                handle = os.open(path, NEW, mode)
+            except FileExistsError:  # of another keygen, since the look above
+                raise _exists(out, path) from None
+            written.append(path)
+            with os.fdopen(handle, "wb") as file:
+                file.write(text)
     except BaseException:
-        out.unlink(missing_ok=True)
+        for path in written:
+            path.unlink(missing_ok=True)
         raise
     return out, public
+
+
+def _exists(out: Path, path: Path) -> InvalidRequest:
+    return InvalidRequest(f"--out {out}: {path} exists; a key is never overwritten: choose another name")
 
 
 class Signer:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from cusprun.deploy.manifest import MANIFEST, SIGNATURE
 from cusprun.deploy.ship import ship
@@ -30,6 +34,44 @@ def test_a_key_is_its_owners_alone_and_never_overwritten(tmp_path: Path) -> None
         make_key(private)  # the .pub is there still
     assert not private.exists()
     assert make_key(tmp_path / "another")[0].read_bytes() != before
+
+
+@pytest.mark.parametrize("taken", ["maker", "maker.pub"])
+def test_of_two_keygens_at_once_the_later_removes_nothing_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: str
+) -> None:
+    other, (private, public) = tmp_path / taken, (tmp_path / "maker", tmp_path / "maker.pub")
+    generate = ec.generate_private_key
+
+    def late(curve: ec.EllipticCurve) -> ec.EllipticCurvePrivateKey:
+        other.write_text("another's")  # after it was looked for
+        return generate(curve)
+
+    monkeypatch.setattr(ec, "generate_private_key", late)
+    with pytest.raises(InvalidRequest, match=rf"{taken} exists; a key is never overwritten"):
+        make_key(private)
+    assert other.read_text() == "another's"
+    assert [path for path in (private, public) if path.exists()] == [other]
+
+
+@pytest.mark.parametrize("last", ["maker", "maker.pub"])
+def test_a_key_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    open_file, names = os.fdopen, iter(["maker", "maker.pub"])
+
+    def full(handle: int, mode: str) -> IO[Any]:
+        file = open_file(handle, mode)
+        if next(names) == last:
+            file.write(b"half")
+            file.close()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return file
+
+    monkeypatch.setattr(os, "fdopen", full)
+    with pytest.raises(OSError, match="No space left"):
+        make_key(tmp_path / "maker")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_encrypted_key(tmp_path: Path) -> None:
