@@ -71,3 +71,9 @@ class Settings:
                 problems.append(f"--allow-host {name}: write a name such as model.example.org, without port or scheme")
         if problems:
             raise InvalidRequest.together(problems)
+
+
+def host_named(header: str) -> str:
+    """The name in a Host header, lower case, without the port."""
+    name = header.strip().lower()
+    return name[: name.find("]") + 1] if name.startswith("[") else name.partition(":")[0]
