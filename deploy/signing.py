@@ -19,6 +19,7 @@ from cusprun.errors import Failed, InvalidRequest, MissingPackage
 from cusprun.files import aside
 
 NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+CURVES = {"secp256r1": "P-256", "secp384r1": "P-384", "secp521r1": "P-521"}  # that the package signs with
 LONGEST_KEY = 65536  # bytes
 LONGEST_SIGNATURE = 16 << 20
 
@@ -75,6 +76,7 @@ class Signer:
             raise InvalidRequest(f"--sign {path}: {wrong}; make one with cusprun-edge keygen") from error
         if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise InvalidRequest(f"--sign {path} is no key of an elliptic curve: make one with cusprun-edge keygen")
+        _check_curve("--sign", path, key)
         self._path = path
         self.fingerprint = hashlib.sha256(_pem(key.public_key())).hexdigest()
 
@@ -106,6 +108,7 @@ def check_signature(content: bytes, hashes: Mapping[str, str], key: Path) -> str
         raise InvalidRequest(f"--key {key}: {advice}") from error
     if not isinstance(public, ec.EllipticCurvePublicKey):
         raise InvalidRequest(f"--key {key} is no key of an elliptic curve")
+    _check_curve("--key", key, public)
     check_form(content)
     fingerprint = hashlib.sha256(_pem(public)).hexdigest()
     part = _scratch(content)
@@ -186,6 +189,15 @@ def _read_key(path: Path, flag: str) -> bytes:
         raise InvalidRequest(f"{flag} {path}: there is no such file; make a key with cusprun-edge keygen")
     with path.open("rb") as file:
         return file.read(LONGEST_KEY)
+
+
+def _check_curve(flag: str, path: Path, key: Any) -> None:
+    if key.curve.name not in CURVES:
+        known = ", ".join(CURVES.values())
+        raise InvalidRequest(
+            f"{flag} {path} is a key of the curve {key.curve.name}, and signatures are of {known}: make one with "
+            "cusprun-edge keygen"
+        )
 
 
 def _pem(public: Any) -> bytes:
