@@ -5,12 +5,49 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cusprun.corpora.catalog import LANGUAGES
 from cusprun.errors import InvalidRequest
 
 WORDS = {**LANGUAGES, "qa": "question answering"}  # for people, where the scenario's own word is short
+
+
+Count = Annotated[int, Field(gt=0)]
+
+
+class _Part(BaseModel):
+    """What a bundle is written from; whatever else is there goes along unread."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _Sizes(_Part):
+    parameters: Count
+
+
+class _Base(_Sizes):
+    id: str
+    sha256: str | None = None
+
+
+class _Entry(_Part):
+    path: str
+    format: str
+    quant: str
+    bytes: Count
+    sha256: str
+
+
+class _Card(_Part):
+    name: str
+    scenario: dict[str, Any] | None = None
+    base: _Base
+    expert: _Sizes
+    method: dict[str, Any] | None = None
+    artifacts: list[_Entry]
 
 
 @dataclass(frozen=True)
@@ -58,8 +95,8 @@ class Expert:
 def read_expert(folder: Path) -> Expert:
     """Reads an expert's folder.
 
-    Raises InvalidRequest where it is none, where expert.json is damaged, or where an artifact it lists is missing,
-    lies outside the folder, or has another size.
+    Raises InvalidRequest where it is none, where expert.json is damaged, or where an artifact it lists is missing or
+    lies outside the folder. What the artifacts hold is not looked at.
     """
     path = folder / "expert.json"
     if not path.is_file():
@@ -68,10 +105,14 @@ def read_expert(folder: Path) -> Expert:
         )
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
-        name = str(card["name"])
-        artifacts = tuple(_artifact(folder, entry) for entry in card["artifacts"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InvalidRequest(f"{path} is damaged: {error!r}; build the expert again") from error
+        known = _Card.model_validate(card)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "all of it"
+        raise InvalidRequest(f"{path} is damaged: {where}: {first['msg']}; build the expert again") from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{path} is damaged: {error}; build the expert again") from error
+    artifacts = tuple(_artifact(folder, entry) for entry in known.artifacts)
     report = folder / "report" / "report.json"
     if not (folder / "model" / "config.json").is_file():
         raise InvalidRequest(f"{folder} has no model/config.json: build the expert again")
@@ -79,13 +120,13 @@ def read_expert(folder: Path) -> Expert:
         measured = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None
     except ValueError as error:
         raise InvalidRequest(f"{report} is damaged: {error}; build the expert again") from error
-    return Expert(folder, name, card, measured, folder / "model", artifacts)
+    return Expert(folder, known.name, card, measured, folder / "model", artifacts)
 
 
-def _artifact(folder: Path, entry: dict[str, Any]) -> Artifact:
-    path = folder / str(entry["path"])
+def _artifact(folder: Path, entry: _Entry) -> Artifact:
+    path = folder / entry.path
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise InvalidRequest(f"expert.json lists {entry['path']}, which lies outside {folder}: build the expert again")
+        raise InvalidRequest(f"expert.json lists {entry.path}, which lies outside {folder}: build the expert again")
     if not path.exists():
-        raise InvalidRequest(f"expert.json lists {entry['path']}, which is not there: build the expert again")
-    return Artifact(path, str(entry["format"]), str(entry["quant"]), int(entry["bytes"]), str(entry["sha256"]))
+        raise InvalidRequest(f"expert.json lists {entry.path}, which is not there: build the expert again")
+    return Artifact(path, entry.format, entry.quant, entry.bytes, entry.sha256)

@@ -11,7 +11,8 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cusprun.deploy.names import Names
+from cusprun.deploy.members import shown
+from cusprun.deploy.names import Names, why_refused
 from cusprun.errors import Failed
 
 MANIFEST = "manifest.json"
@@ -76,13 +77,12 @@ def read_manifest(content: bytes) -> Manifest:
 
 def _check(manifest: Manifest) -> None:
     """Raises Failed where the digest is right and the content cannot be all the same."""
+    _check_words(manifest)
     names = Names()
     for reserved in (MANIFEST, SIGNATURE):
         names.take(reserved)
     if len(manifest.files) > MOST_FILES:
         raise Failed(f"{MANIFEST} lists {len(manifest.files)} files, and a bundle has {MOST_FILES} at most")
-    if not all(isinstance(value, str) for value in (manifest.name, manifest.target, manifest.signer or "")):
-        raise Failed(f"{MANIFEST} is damaged: name, target and signer are no texts")
     for entry in manifest.files:
         if not isinstance(entry.path, str) or (reason := names.take(entry.path)) is not None:
             raise Failed(f"{MANIFEST}: {entry.path!r} {reason if isinstance(entry.path, str) else 'is no path'}")
@@ -91,3 +91,16 @@ def _check(manifest: Manifest) -> None:
             raise Failed(f"{MANIFEST}: {entry.path} has no size and sha256 that can be")
     if [entry.path for entry in manifest.files] != sorted(entry.path for entry in manifest.files):
         raise Failed(f"{MANIFEST} is damaged: its files are not in order")
+
+
+def _check_words(manifest: Manifest) -> None:
+    """Raises Failed where what is printed of a bundle is not what an expert, a target or a key can be called."""
+    from cusprun.deploy.targets import NAMES
+
+    name, signer = manifest.name, manifest.signer
+    if not isinstance(name, str) or "/" in name or why_refused(name) is not None:
+        raise Failed(f"{MANIFEST}: the name {shown(name)} is none that an expert has")
+    if manifest.target not in NAMES:
+        raise Failed(f"{MANIFEST}: the target {shown(manifest.target)} is none of {', '.join(NAMES)}")
+    if signer is not None and not (isinstance(signer, str) and SHA256.fullmatch(signer)):
+        raise Failed(f"{MANIFEST}: the signer {shown(signer)} is no sha256 of a key")

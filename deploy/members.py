@@ -46,7 +46,7 @@ def exactly(file: Packed) -> Iterator[bytes]:
         raise Failed(f"{file.path} changed while it was packed: give the same command again")
 
 
-def shown(name: str) -> str:
+def shown(name: object) -> str:
     """A name from outside for a message: no control characters, of bounded length."""
     return ascii(name)[:120]
 

@@ -131,7 +131,7 @@ class _Places:
 
     @classmethod
     def choose(cls, expert: Expert, target: str, out: Path | None, archive: str | None) -> _Places:
-        out = out or Path("bundles") / f"{expert.name}-{target}"
+        out = out or Path("bundles") / _top(expert, target)
         named = archive_kind(out)
         if named is not None:
             if archive not in (None, named):
@@ -173,10 +173,16 @@ def _complete(expert: Expert, target: str, files: Files, notes: Notes, signer: S
     files.add(README, write_readme(expert, target, notes, origin, signer.fingerprint if signer else None))
     names = Names()
     for name in (MANIFEST, SIGNATURE, *(name for name, _ in files)):
-        if (reason := names.take(name)) is not None:
-            raise InvalidRequest(f"{name} cannot be in a bundle: it {reason}")
+        path = f"{_top(expert, target)}/{name}"
+        if (reason := names.take(path)) is not None:
+            raise InvalidRequest(f"{path} cannot be in a bundle: it {reason}; build the expert with a shorter --name")
     if len(files) > MOST_FILES:
         raise InvalidRequest(f"the bundle would have {len(files)} files, and {MOST_FILES} are the most")
+
+
+def _top(expert: Expert, target: str) -> str:
+    """The folder that an archive puts around its files."""
+    return f"{expert.name}-{target}"
 
 
 def _shipped(expert: Expert, files: Files) -> dict[str, Artifact]:
@@ -229,7 +235,7 @@ def _is_built(expert: Expert, artifact: Artifact) -> bool:
 
 def _write(expert: Expert, target: str, files: Files, notes: Notes, signer: Signer | None, places: _Places) -> Bundle:
     """Writes folder and archive, each whole or not at all."""
-    top = f"{expert.name}-{target}"
+    top = _top(expert, target)
     first = places.folder or places.archive
     assert first is not None
     first.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,8 @@ from cusprun.deploy.manifest import SIGNATURE
 from cusprun.errors import Failed, InvalidRequest, MissingPackage
 from cusprun.files import aside
 
+NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+CURVES = {"secp256r1": "P-256", "secp384r1": "P-384", "secp521r1": "P-521"}  # that the package signs with
 LONGEST_KEY = 65536  # bytes
 LONGEST_SIGNATURE = 16 << 20
 
@@ -31,20 +33,30 @@ def make_key(out: Path, passphrase: str | None = None) -> tuple[Path, Path]:
     public = out.with_name(f"{out.name}.pub")
     for path in (out, public):
         if path.exists() or path.is_symlink():
-            raise InvalidRequest(f"--out {out}: {path} exists; a key is never overwritten: choose another name")
+            raise _exists(out, path)
     key = ec.generate_private_key(ec.SECP256R1())
     hidden = serialization.BestAvailableEncryption(passphrase.encode()) if passphrase else serialization.NoEncryption()
     content = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, hidden)
     out.parent.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
     try:
-        with os.fdopen(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(content)
-        with public.open("xb") as file:
-            file.write(_pem(key.public_key()))
+        for path, text, mode in ((out, content, 0o600), (public, _pem(key.public_key()), 0o666)):
+            try:
+                handle = os.open(path, NEW, mode)
+            except FileExistsError:  # of another keygen, since the look above
+                raise _exists(out, path) from None
+            written.append(path)
+            with os.fdopen(handle, "wb") as file:
+                file.write(text)
     except BaseException:
-        out.unlink(missing_ok=True)
+        for path in written:
+            path.unlink(missing_ok=True)
         raise
     return out, public
+
+
+def _exists(out: Path, path: Path) -> InvalidRequest:
+    return InvalidRequest(f"--out {out}: {path} exists; a key is never overwritten: choose another name")
 
 
 class Signer:
@@ -64,6 +76,7 @@ class Signer:
             raise InvalidRequest(f"--sign {path}: {wrong}; make one with cusprun-edge keygen") from error
         if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise InvalidRequest(f"--sign {path} is no key of an elliptic curve: make one with cusprun-edge keygen")
+        _check_curve("--sign", path, key)
         self._path = path
         self.fingerprint = hashlib.sha256(_pem(key.public_key())).hexdigest()
 
@@ -95,6 +108,7 @@ def check_signature(content: bytes, hashes: Mapping[str, str], key: Path) -> str
         raise InvalidRequest(f"--key {key}: {advice}") from error
     if not isinstance(public, ec.EllipticCurvePublicKey):
         raise InvalidRequest(f"--key {key} is no key of an elliptic curve")
+    _check_curve("--key", key, public)
     check_form(content)
     fingerprint = hashlib.sha256(_pem(public)).hexdigest()
     part = _scratch(content)
@@ -175,6 +189,15 @@ def _read_key(path: Path, flag: str) -> bytes:
         raise InvalidRequest(f"{flag} {path}: there is no such file; make a key with cusprun-edge keygen")
     with path.open("rb") as file:
         return file.read(LONGEST_KEY)
+
+
+def _check_curve(flag: str, path: Path, key: Any) -> None:
+    if key.curve.name not in CURVES:
+        known = ", ".join(CURVES.values())
+        raise InvalidRequest(
+            f"{flag} {path} is a key of the curve {key.curve.name}, and signatures are of {known}: make one with "
+            "cusprun-edge keygen"
+        )
 
 
 def _pem(public: Any) -> bytes:

@@ -11,6 +11,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cusprun.deploy.serve.settings import LOOPBACK_NAMES, host_named
 from cusprun.errors import InvalidRequest, MissingPackage
 from cusprun.progress import say
 
@@ -50,7 +51,7 @@ def serve_folder(folder: Path, host: str = "127.0.0.1", port: int = 8080, isolat
     Raises InvalidRequest where the folder is no browser bundle, the host is not this machine alone, or the port is
     taken; MissingPackage without the extra `serve`.
     """
-    app = make_app(folder, isolated)
+    app = make_app(folder, isolated, host)
     import uvicorn
 
     listening = _listen(host, port)
@@ -61,8 +62,12 @@ def serve_folder(folder: Path, host: str = "127.0.0.1", port: int = 8080, isolat
         uvicorn.Server(config).run(sockets=[listening])
 
 
-def make_app(folder: Path, isolated: bool = True) -> Starlette:
-    """The ASGI application over a bundle's folder: its files and nothing else, no listing, no links."""
+def make_app(folder: Path, isolated: bool = True, host: str = "127.0.0.1") -> Starlette:
+    """The ASGI application over a bundle's folder: its files and nothing else, no listing, no links.
+
+    It answers by this machine's names and ``host`` alone: a page of another site can have its own name point here (DNS
+    rebinding).
+    """
     missing = [name for name in PAGE if not (folder / name).is_file()]
     if missing:
         raise InvalidRequest(
@@ -71,16 +76,25 @@ def make_app(folder: Path, isolated: bool = True) -> Starlette:
         )
     try:
         from starlette.applications import Starlette
-        from starlette.responses import Response
+        from starlette.datastructures import Headers
+        from starlette.responses import PlainTextResponse, Response
         from starlette.routing import Mount
         from starlette.staticfiles import StaticFiles
-        from starlette.types import Scope
+        from starlette.types import Receive, Scope, Send
     except ImportError as error:
         raise MissingPackage("starlette", "serve", "serving a bundle") from error
 
     headers = {**ALWAYS, **(ISOLATION if isolated else {})}
+    hosts = {*LOOPBACK_NAMES, f"[{host}]" if ":" in host else host}
 
     class BundleFiles(StaticFiles):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            if host_named(Headers(scope=scope).get("host", "")) in hosts:
+                await super().__call__(scope, receive, send)
+                return
+            refusal = "the Host header names another server than this: call 127.0.0.1 or localhost\n"
+            await PlainTextResponse(refusal, 403, headers)(scope, receive, send)
+
         def lookup_path(self, path: str) -> tuple[str, os.stat_result | None]:
             found, stat = super().lookup_path(path)  # with every link resolved
             linked = os.path.join(str(self.directory), os.path.normpath(path)) != found

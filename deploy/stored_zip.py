@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from cusprun.deploy.manifest import MOST_FILES
 from cusprun.deploy.members import PIECE, Member, Packed, damaged, exactly, shown
+from cusprun.deploy.names import LONGEST
 from cusprun.errors import Failed, InvalidRequest
 
 LARGEST = 0xFFFFFFFF
@@ -71,6 +72,8 @@ def read_zip(path: Path) -> Iterator[Member]:
             raise Failed(f"{path.name} has more than {MOST_FILES} files, the most that a bundle has")
         if end != zip_end(count, size, start) or start + size + END.size != length:
             damaged(path, "its directory is not where it should be")
+        if size > count * (CENTRAL.size + LONGEST):
+            raise Failed(f"{path.name}: a file in it has a path of more than {LONGEST} bytes, or it is no .zip of ours")
         file.seek(start)
         directory = file.read(size)
         offset = at = 0

@@ -17,7 +17,7 @@ from typing import Any
 
 from cusprun.deploy.archive import archive_kind, read_archive
 from cusprun.deploy.manifest import LONGEST_MANIFEST, MANIFEST, MOST_FILES, SIGNATURE, Entry, Manifest, read_manifest
-from cusprun.deploy.members import Member
+from cusprun.deploy.members import Member, shown
 from cusprun.deploy.signing import LONGEST_SIGNATURE, check_form, check_signature
 from cusprun.errors import Failed, InvalidRequest
 from cusprun.files import folder_written_whole
@@ -135,9 +135,9 @@ def _read_folder(folder: Path) -> tuple[dict[str, _Found], dict[str, bytes], lis
     for name, status in _walk(folder, ""):
         path = folder / name
         if stat.S_ISDIR(status.st_mode):
-            problems.append(f"{name}/ is an empty folder, which the manifest does not list")
+            problems.append(f"{name + '/'!r} is an empty folder, which the manifest does not list")
         elif not stat.S_ISREG(status.st_mode):
-            problems.append(f"{name} is {'a link' if stat.S_ISLNK(status.st_mode) else 'no file'}")
+            problems.append(f"{name!r} is {'a link' if stat.S_ISLNK(status.st_mode) else 'no file'}")
         else:
             if len(found) > MOST_FILES + 2:
                 raise Failed(f"{folder} has more than {MOST_FILES} files, the most that a bundle has")
@@ -151,7 +151,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, _Found], dict[str, bytes], lis
 def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
     """Everything below a folder that is no folder with something in it; links are not followed."""
     if prefix.count("/") > DEEPEST:
-        raise Failed(f"{prefix} lies deeper than any file of a bundle")
+        raise Failed(f"{shown(prefix)} lies deeper than any file of a bundle")
     with os.scandir(folder) as entries:
         listed = sorted(entries, key=lambda entry: entry.name)
     for entry in listed:

@@ -83,10 +83,9 @@ def _unfetchable() -> tuple[str, ...]:
 
 
 def _has_wllama() -> bool:
-    """Whether the runtime of browser bundles is here, so that they take no npm."""
-    from cusprun.corpora.cache import cache_folder
+    from cusprun.deploy.targets import wllama
 
-    return bool(os.environ.get("CUSPRUN_WLLAMA")) or any((cache_folder() / "npm").glob("wllama-*.tgz"))
+    return wllama.has_wllama(wllama.PACKAGES)
 
 
 def as_json(findings: Findings) -> dict[str, Any]:

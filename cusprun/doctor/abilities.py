@@ -36,7 +36,7 @@ class Findings:
     tools: dict[str, Tool]
     checks: dict[str, Check]
     unfetchable: tuple[str, ...] = ()  # texts of the catalog that nothing here fetches, one line for each program
-    wllama: bool = False  # what runs in the browser was fetched before
+    wllama: bool = False  # what runs in the browser is here: it takes no npm
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ def draw(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator) -> in
     """One token id from ``logits`` (n_vocab,): the likeliest at temperature 0, else nucleus sampling (top-p)."""
     if sampling.temperature <= 0.0:
         return int(np.argmax(logits))
-    scaled = logits.astype(np.float64) / sampling.temperature
-    probabilities = np.exp(scaled - scaled.max())
+    wide = logits.astype(np.float64)
+    with np.errstate(over="ignore"):  # at a tiny temperature all but the likeliest come to -inf
+        probabilities = np.exp((wide - wide.max()) / sampling.temperature)
     probabilities /= probabilities.sum()
     if sampling.top_p >= 1.0:
         reached = np.cumsum(probabilities)

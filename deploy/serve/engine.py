@@ -45,7 +45,7 @@ class _GivenUp(Exception):
 
 
 class _Late(Exception):
-    """The deadline passed before the first token."""
+    """The deadline passed before an answer's first token."""
 
 
 class Engine:
@@ -198,8 +198,16 @@ class _Worker:
 
     def _answer(self, ticket: Ticket) -> Iterator[Event]:
         job, first, said, reused = ticket.job, True, 0, 0
-        for index, (prompt, choice) in enumerate(product(job.prompts, range(job.choices))):
-            logits, kept = self._read(prompt, ticket)
+        answers = list(product(job.prompts, range(job.choices)))
+        for index, (prompt, choice) in enumerate(answers):
+            try:
+                logits, kept = self._read(prompt, ticket)
+            except _Late:
+                if first:
+                    raise
+                for left in range(index, len(answers)):  # those before are kept
+                    yield End(left, "length")
+                break
             reused += kept if choice == 0 else 0
             if first:
                 self._metrics.first_token.observe(time.monotonic() - ticket.arrived)

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cusprun.deploy.serve.errors import ApiError
 from cusprun.deploy.serve.metrics import Metrics
-from cusprun.deploy.serve.settings import Settings
+from cusprun.deploy.serve.settings import Settings, host_named
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/openapi.json")
 OPEN = "/health"  # answers without a key: whoever watches the service needs none
@@ -54,7 +54,7 @@ class Gate:
 
     def _problem(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
-        if self._hosts is not None and _host(headers.get("host", "")) not in self._hosts:
+        if self._hosts is not None and host_named(headers.get("host", "")) not in self._hosts:
             return ApiError(
                 403,
                 "the Host header names another server than this: call 127.0.0.1 or localhost, or start with "
@@ -72,12 +72,6 @@ class Gate:
 
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
-
-
-def _host(header: str) -> str:
-    """The name in a Host header, without the port."""
-    name = header.strip().lower()
-    return name[: name.find("]") + 1] if name.startswith("[") else name.partition(":")[0]
 
 
 def _endpoint(path: str) -> str:

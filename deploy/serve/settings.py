@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import re
 from dataclasses import dataclass
 
@@ -69,5 +70,14 @@ class Settings:
         for name in self.allow_hosts:
             if not re.fullmatch(r"[\w.-]+|\[[0-9a-fA-F:.]+\]", name):
                 problems.append(f"--allow-host {name}: write a name such as model.example.org, without port or scheme")
+        for flag, seconds, least in (("--timeout", self.timeout, 0.1), ("--grace", self.grace, 0.0)):
+            if not (math.isfinite(seconds) and seconds >= least):
+                problems.append(f"{flag} {seconds}: write a number of seconds, {least:g} or more")
         if problems:
             raise InvalidRequest.together(problems)
+
+
+def host_named(header: str) -> str:
+    """The name in a Host header, lower case, without the port."""
+    name = header.strip().lower()
+    return name[: name.find("]") + 1] if name.startswith("[") else name.partition(":")[0]

@@ -76,6 +76,11 @@ def fetch_wllama(packages: tuple[Package, ...] = PACKAGES) -> dict[str, bytes]:
     return found
 
 
+def has_wllama(packages: tuple[Package, ...]) -> bool:
+    """Whether :func:`fetch_wllama` finds every package here, so that it takes no npm."""
+    return all(any(_checked(path, package) is not None for path in _places(package)) for package in packages)
+
+
 def read_members(archive: bytes, package: Package) -> dict[str, bytes]:
     """The members that ``package`` names, read in memory; nothing else of the archive is touched or unpacked."""
     found: dict[str, bytes] = {}
@@ -94,14 +99,13 @@ def read_members(archive: bytes, package: Package) -> dict[str, bytes]:
 
 def _archive(package: Package) -> bytes:
     """The package's bytes; in the cache from then on."""
-    cached = cache_folder() / "npm" / package.archive
+    cached, *own = _places(package)
     if (archive := _checked(cached, package)) is not None:
         return archive
-    folder = os.environ.get(FOLDER)
-    if folder:
-        given = Path(folder).expanduser() / package.archive
+    if own:
+        (given,) = own
         if not given.is_file():
-            raise InvalidRequest(f"{FOLDER} names {folder}, which has no {package.archive}; {_by_hand(package)}")
+            raise InvalidRequest(f"{FOLDER} names {given.parent}, which has no {package.archive}; {_by_hand(package)}")
         archive = _checked(given, package)
         if archive is None:
             raise InvalidRequest(
@@ -113,6 +117,13 @@ def _archive(package: Package) -> bytes:
     with written_whole(cached) as part:
         part.write_bytes(archive)
     return archive
+
+
+def _places(package: Package) -> list[Path]:
+    """Where the package is looked for: in the cache, then in the user's folder where one is named."""
+    folder = os.environ.get(FOLDER)
+    own = [Path(folder).expanduser() / package.archive] if folder else []
+    return [cache_folder() / "npm" / package.archive, *own]
 
 
 def _checked(path: Path, package: Package) -> bytes | None:

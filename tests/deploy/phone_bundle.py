@@ -27,7 +27,9 @@ def make_expert(folder: Path) -> Expert:
         artifacts.append({"path": f"gguf/{NAME}-{quant}.gguf", "format": "gguf", "quant": quant, **told(written)})
     artifacts.append({"path": "onnx/int4", "format": "onnx", "quant": "int4"})
     artifacts[-1] |= told(export_onnx(model, folder / "onnx" / "int4", "int4"))
-    (folder / "expert.json").write_text(json.dumps({"schema_version": 1, "name": NAME, "artifacts": artifacts}))
+    sizes = {"base": {"id": "pico-llama", "parameters": 2}, "expert": {"parameters": 1}}
+    card = {"schema_version": 1, "name": NAME, **sizes, "artifacts": artifacts}
+    (folder / "expert.json").write_text(json.dumps(card))
     return read_expert(folder)
 
 

@@ -19,7 +19,7 @@ import zstandard
 from cusprun.deploy import archive, stored_zip, tar_zst
 from cusprun.deploy.archive import read_archive, write_archive
 from cusprun.deploy.members import Packed
-from cusprun.deploy.names import why_refused
+from cusprun.deploy.names import LONGEST, why_refused
 from cusprun.deploy.verify import unpack, verify
 from cusprun.errors import Failed, InvalidRequest
 
@@ -229,6 +229,21 @@ def test_nothing_gets_out_of_a_hostile_archive(tmp_path: Path, case: str, monkey
         with pytest.raises(Failed, match=message):
             read()
     assert sorted(tmp_path.rglob("*")) == before  # no file, no folder, no part of one
+
+
+@pytest.mark.parametrize(("count", "read"), [(0, False), (1, False), (7, True)])
+def test_of_a_zip_no_more_is_read_than_its_files_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, read: bool
+) -> None:
+    """The end may say that the whole file is the directory."""
+    size = 7 * (stored_zip.CENTRAL.size + LONGEST)
+    path = tmp_path / "x.zip"
+    path.write_bytes(bytes(size) + stored_zip.zip_end(count, size, 0))
+    asked: list[str] = []
+    monkeypatch.setattr(stored_zip, "_zip_member", lambda *_: asked.append("read") or stored_zip.damaged(path, "read"))
+    with pytest.raises(Failed, match="is damaged: read" if read else "a path of more than 240 bytes"):
+        list(stored_zip.read_zip(path))
+    assert bool(asked) == read
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from cusprun.deploy.files import Files
 from cusprun.deploy.targets import Wish, find_target, wllama
 from cusprun.deploy.targets.browser import PIECE, choose_artifact, gather
 from cusprun.deploy.targets.wllama import FOLDER, Package, fetch_wllama
+from cusprun.doctor import _has_wllama
 from cusprun.errors import Failed, InvalidRequest
 from tests.deploy.bundles_made import make_expert
 
@@ -144,6 +145,37 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv(FOLDER, str(folder))
     return folder / f"wllama-wllama-{wllama.VERSION}.tgz"
+
+
+def test_whether_wllama_is_here_is_what_shipping_would_find(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every package, of the pinned content; neither a folder that is named nor another file of that kind is enough."""
+    package = pack(own, ("package/a.js", b"good"))
+    other = replace(package, name="@wllama/wllama-compat", members={})
+    content = own.read_bytes()
+
+    def here(*packages: Package) -> bool:
+        monkeypatch.setattr(wllama, "PACKAGES", packages)
+        return _has_wllama()
+
+    assert here(package)
+    assert not here(package, other)
+    own.with_name(other.archive).write_bytes(content)
+    assert here(package, other)
+    own.write_bytes(content + b"x")
+    assert not here(package, other)
+    cached = Path(os.environ["CUSPRUN_CACHE"]) / "npm" / own.name
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(content)
+    assert here(package, other)
+    monkeypatch.delenv(FOLDER)
+    assert here(package)
+    assert not here(package, other)
+    cached.write_bytes(b"")
+    cached.with_name("wllama-wllama-0.0.1.tgz").write_bytes(content)
+    assert not here(package)
+    own.write_bytes(content)
+    monkeypatch.setenv(FOLDER, str(own.parent / "absent"))
+    assert not here(package)
 
 
 def test_an_archive_of_the_users_own_is_checked_and_kept(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:

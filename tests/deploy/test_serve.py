@@ -14,6 +14,8 @@ import openai
 import pytest
 from openai import OpenAI
 
+from cusprun.deploy.serve.settings import Settings
+from cusprun.errors import InvalidRequest
 from cusprun.exporters.onnx import export_onnx
 from cusprun.runtimes import Message, Runtime, Sampling, open_runtime
 from cusprun.runtimes.generation import generate_tokens
@@ -308,12 +310,22 @@ def test_settings_that_make_no_sense(gguf: Path, server: Server, tmp_path: Path)
         (["--port", port], f"port {port} of 127.0.0.1 is taken"),
         (["--host", "192.0.2.1", "--api-key", "long-enough"], "cannot be listened on"),
         (["--max-body", "many"], "--max-body"),
+        (["--grace", "inf"], "--grace inf: write a number of seconds, 0 or more"),
+        (["--timeout", "inf"], "--timeout inf: write a number of seconds, 0.1 or more"),
     ):
         done = subprocess.run([*COMMAND, "serve", str(gguf), *options], capture_output=True, text=True, timeout=60)
         assert done.returncode == 2, done.stderr
         assert words in done.stderr
         assert done.stdout == ""
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, -math.inf, -1.0])
+def test_times_that_are_none(seconds: float) -> None:
+    for flag, settings in (("timeout", Settings(timeout=seconds)), ("grace", Settings(grace=seconds))):
+        with pytest.raises(InvalidRequest, match=f"--{flag} {seconds}: write a number of seconds"):
+            settings.check()
+    Settings(timeout=0.1, grace=0).check()
 
 
 def test_an_onnx_folder(gguf: Path, tmp_path: Path) -> None:

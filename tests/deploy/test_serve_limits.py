@@ -165,6 +165,18 @@ def test_a_request_that_takes_too_long(slow: Path) -> None:
         assert time.monotonic() - begun < 20
 
 
+def test_answers_that_are_there_when_the_time_is_up_are_given(slow: Path) -> None:
+    with serving_slowly(slow, "--timeout", "0.7") as server, server.client() as client:
+        for asked in ({"prompt": "Le", "n": 3}, {"prompt": ["Le", "rent " * 7000, "Le"]}):
+            found = client.completions.create(model="pico", max_tokens=LONG, **asked)
+            assert [choice.finish_reason for choice in found.choices] == ["length"] * 3
+            assert [choice.text != "" for choice in found.choices] == [True, False, False]
+            assert 0 < found.usage.completion_tokens < LONG
+            chunks = list(client.completions.create(model="pico", max_tokens=LONG, stream=True, **asked))
+            ends = [(choice.index, choice.finish_reason) for chunk in chunks for choice in chunk.choices]
+            assert [end for end in ends if end[1]] == [(0, "length"), (1, "length"), (2, "length")]
+
+
 def half_sent(server: Server) -> http.client.HTTPConnection:
     """A request whose body does not come."""
     connection = http.client.HTTPConnection("127.0.0.1", int(server.root.rpartition(":")[2]), timeout=60)

@@ -18,6 +18,7 @@ import yaml
 from cusprun.cli_ship import ship as command
 from cusprun.deploy.expert import Expert
 from cusprun.deploy.manifest import MANIFEST, SIGNATURE
+from cusprun.deploy.names import LONGEST
 from cusprun.deploy.ship import ship
 from cusprun.deploy.signing import make_key
 from cusprun.deploy.targets import Wish
@@ -389,6 +390,26 @@ def test_names_that_a_script_could_misread(tmp_path: Path, pico_expert: Path, na
     (copy / "expert.json").write_text(json.dumps({**card, "name": name}))
     with pytest.raises(InvalidRequest, match="build the expert with --name"):
         ship(copy, "laptop", tmp_path / "out")
+
+
+def test_what_is_shipped_has_no_path_that_verify_refuses(tmp_path: Path, pico_expert: Path) -> None:
+    """A path counts with the folder that an archive puts around it."""
+    copy = tmp_path / "expert"
+    shutil.copytree(pico_expert, copy)
+    card = json.loads((copy / "expert.json").read_text())
+    # NAME-server/NAME.service
+    most = (LONGEST - len("-server/.service")) // 2
+    for number, kind in enumerate(("zip", "none")):
+        (copy / "expert.json").write_text(json.dumps({**card, "name": "n" * most}))
+        bundle = ship(copy, "server", tmp_path / str(number), archive=kind)
+        verify(bundle.archive or tmp_path / str(number))
+        before = sorted(tmp_path.iterdir())
+        (copy / "expert.json").write_text(json.dumps({**card, "name": "n" * (most + 1)}))
+        with pytest.raises(
+            InvalidRequest, match=r"\.service cannot be in a bundle: it has a path of more than 240 bytes"
+        ):
+            ship(copy, "server", tmp_path / "out", archive=kind)
+        assert sorted(tmp_path.iterdir()) == before
 
 
 def test_an_artifact_that_changed_since_the_build_is_not_shipped(tmp_path: Path, pico_expert: Path) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from cusprun.deploy.manifest import MANIFEST, SIGNATURE
 from cusprun.deploy.ship import ship
-from cusprun.deploy.signing import Signer, check_form, check_signature, make_key
+from cusprun.deploy.signing import CURVES, Signer, check_form, check_signature, make_key
 from cusprun.errors import Failed, InvalidRequest
 
 HASHES = {"a.txt": "0" * 64, "b/c.bin": "f" * 64}
@@ -30,6 +35,44 @@ def test_a_key_is_its_owners_alone_and_never_overwritten(tmp_path: Path) -> None
         make_key(private)  # the .pub is there still
     assert not private.exists()
     assert make_key(tmp_path / "another")[0].read_bytes() != before
+
+
+@pytest.mark.parametrize("taken", ["maker", "maker.pub"])
+def test_of_two_keygens_at_once_the_later_removes_nothing_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: str
+) -> None:
+    other, (private, public) = tmp_path / taken, (tmp_path / "maker", tmp_path / "maker.pub")
+    generate = ec.generate_private_key
+
+    def late(curve: ec.EllipticCurve) -> ec.EllipticCurvePrivateKey:
+        other.write_text("another's")  # after it was looked for
+        return generate(curve)
+
+    monkeypatch.setattr(ec, "generate_private_key", late)
+    with pytest.raises(InvalidRequest, match=rf"{taken} exists; a key is never overwritten"):
+        make_key(private)
+    assert other.read_text() == "another's"
+    assert [path for path in (private, public) if path.exists()] == [other]
+
+
+@pytest.mark.parametrize("last", ["maker", "maker.pub"])
+def test_a_key_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    open_file, names = os.fdopen, iter(["maker", "maker.pub"])
+
+    def full(handle: int, mode: str) -> IO[Any]:
+        file = open_file(handle, mode)
+        if next(names) == last:
+            file.write(b"half")
+            file.close()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return file
+
+    monkeypatch.setattr(os, "fdopen", full)
+    with pytest.raises(OSError, match="No space left"):
+        make_key(tmp_path / "maker")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_encrypted_key(tmp_path: Path) -> None:
@@ -78,7 +121,6 @@ def test_keys_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"it is the private key; name the \.pub"):
         check_signature(content, HASHES, private)
     rsa = tmp_path / "rsa"
-    from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ed25519
 
     key = ed25519.Ed25519PrivateKey.generate()
@@ -86,6 +128,28 @@ def test_keys_that_are_none(tmp_path: Path) -> None:
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))  # fmt: skip
     with pytest.raises(InvalidRequest, match="no key of an elliptic curve"):
         Signer(rsa)
+
+
+@pytest.mark.parametrize(
+    "curve", [ec.SECP256R1(), ec.SECP384R1(), ec.SECP521R1(), ec.SECP256K1(), ec.BrainpoolP256R1()]
+)
+def test_curves(tmp_path: Path, curve: ec.EllipticCurve) -> None:
+    """The curves that the package knows sign and verify; a key of another is refused before anything is done."""
+    key = ec.generate_private_key(curve)
+    private, public = tmp_path / "maker", tmp_path / "maker.pub"
+    private.write_bytes(key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))  # fmt: skip
+    public.write_bytes(
+        key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    )
+    if curve.name in CURVES:
+        signer = Signer(private)
+        signer.sign("name", HASHES, tmp_path / SIGNATURE)
+        assert check_signature((tmp_path / SIGNATURE).read_bytes(), HASHES, public) == signer.fingerprint
+        return
+    for flag, take in (("sign", lambda: Signer(private)), ("key", lambda: check_signature(b"", HASHES, public))):
+        with pytest.raises(InvalidRequest, match=f"--{flag} .* of the curve {curve.name}, and .* P-256, P-384, P-521"):
+            take()
 
 
 def test_the_packages_own_command_verifies_a_bundle(tmp_path: Path, pico_expert: Path) -> None:

@@ -44,9 +44,11 @@ def address(folder: Path) -> Iterator[tuple[str, int]]:
     listening.close()
 
 
-def ask(address: tuple[str, int], path: str, method: str = "GET") -> tuple[int, dict[str, str], bytes]:
+def ask(
+    address: tuple[str, int], path: str, method: str = "GET", host: str = "localhost"
+) -> tuple[int, dict[str, str], bytes]:
     with socket.create_connection(address, timeout=10) as connection:
-        connection.sendall(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        connection.sendall(f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
         reply = b""
         while piece := connection.recv(65536):
             reply += piece
@@ -107,11 +109,36 @@ def test_nothing_else_comes_out(address: tuple[str, int], path: str) -> None:
     assert b"root:" not in body
 
 
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8080", "127.0.0.1", "127.0.0.1:1", "[::1]", "[::1]:8080"])
+def test_names_of_this_machine(address: tuple[str, int], host: str) -> None:
+    assert ask(address, "/", host=host)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8080", "localhost.evil.example", "127.0.0.2", "[::2]", ""]
+)
+def test_a_name_of_another_server_reads_nothing(address: tuple[str, int], host: str) -> None:
+    """DNS rebinding: a page of that name asks here."""
+    for path in ("/", "/bundle.json", "/a%20b.gguf", "/nothing"):
+        status, headers, body = ask(address, path, host=host)
+        assert (status, body[:15]) == (403, b"the Host header")
+        assert headers["cross-origin-resource-policy"] == "same-origin"
+
+
+@pytest.mark.parametrize(("host", "name"), [("127.0.0.2", "127.0.0.2"), ("::ffff:127.0.0.1", "[::ffff:127.0.0.1]")])
+def test_another_address_of_this_machine_is_a_name_where_it_was_asked_for(folder: Path, host: str, name: str) -> None:
+    from starlette.testclient import TestClient
+
+    for asked, status in ((host, 200), ("127.0.0.1", 403)):
+        assert TestClient(make_app(folder, host=asked), f"http://{name}:8080").get("/").status_code == status
+
+
 def test_without_isolation(folder: Path) -> None:
     from starlette.testclient import TestClient
 
-    headers = TestClient(make_app(folder, isolated=False)).get("/").headers
-    assert not any(name.startswith("cross-origin") for name in headers)
+    reply = TestClient(make_app(folder, isolated=False), "http://localhost").get("/")
+    assert reply.status_code == 200
+    assert not any(name.startswith("cross-origin") for name in reply.headers)
 
 
 def test_what_cannot_be_served(folder: Path, tmp_path: Path) -> None:

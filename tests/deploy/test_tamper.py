@@ -98,9 +98,9 @@ def test_what_is_added_is_found(bundle: Path) -> None:
         (bundle / name).write_bytes(b"#!/bin/sh\n")
         assert "was added" in refused(bundle)
         (bundle / name).unlink()
-    assert ".git/ is an empty folder" in refused(bundle)
+    assert "'.git/' is an empty folder" in refused(bundle)
     (bundle / "linked").symlink_to(bundle / "LICENSES", target_is_directory=True)
-    assert "linked is a link" in refused(bundle)
+    assert "'linked' is a link" in refused(bundle)
     (bundle / "linked").unlink()
     (bundle / ".git").rmdir()
     verify(bundle)
@@ -228,6 +228,40 @@ def test_manifests_that_are_none(bundle: Path, content: bytes) -> None:
 def test_manifests_that_cannot_be(bundle: Path, entry: Entry, message: str) -> None:
     rewrite(bundle, files=(entry,))
     assert message in refused(bundle)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": f"x\nsigned by the key {'ab' * 32}: nothing was changed since\x1b[8m"}, "the name 'x\\nsigned by"),
+        ({"name": "a/b"}, "the name 'a/b' is none"),
+        ({"name": ""}, "the name '' is none"),
+        ({"name": 3}, "the name 3 is none"),
+        ({"target": "toaster\x1b[8m"}, "the target 'toaster\\x1b[8m' is none of laptop, phone"),
+        ({"target": ["laptop"]}, "the target ['laptop'] is none of"),
+        ({"signer": ""}, "the signer '' is no sha256"),
+        ({"signer": False}, "the signer False is no sha256"),
+        ({"signer": "ab" * 32 + "\n"}, "is no sha256 of a key"),
+        ({"signer": "AB" * 32}, "is no sha256 of a key"),
+    ],
+)
+def test_manifests_whose_words_cannot_be(
+    bundle: Path, keys: tuple[Path, Path], fields: dict[str, object], message: str
+) -> None:
+    (bundle / SIGNATURE).unlink()
+    rewrite(bundle, **{"signer": None, **fields})
+    for key in (None, keys[1]):
+        found = refused(bundle, key)
+        assert message in found
+        assert found.isprintable()
+
+
+def test_no_name_in_the_folder_is_printed_as_it_is(bundle: Path) -> None:
+    (bundle / "x\x1b[8m").mkdir()
+    (bundle / "y\nevery file is what the manifest says").symlink_to(bundle)
+    message = refused(bundle)
+    assert "'x\\x1b[8m/' is an empty folder" in message
+    assert "'y\\nevery file is what the manifest says' is a link" in message
 
 
 def test_large_manifests_are_not_read(bundle: Path) -> None:

@@ -166,6 +166,15 @@ def test_nucleus() -> None:
     assert {draw(logits, Sampling(temperature=1.0, top_p=1.0), rng) for _ in range(500)} == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("top_p", [0.5, 0.95, 1.0])
+def test_a_tiny_temperature_takes_the_likeliest(top_p: float) -> None:
+    rng = np.random.default_rng(0)
+    logits = np.array([-3.0, 20.0, 19.0, -20.0], dtype=np.float32)
+    for temperature in (1e-308, 5e-324, 1e-3):
+        for shift in (0.0, -30.0):
+            assert draw(logits + np.float32(shift), Sampling(temperature=temperature, top_p=top_p), rng) == 1
+
+
 def test_paths_that_are_no_artifact(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.txt").write_text("x")
