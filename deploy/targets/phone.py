@@ -6,7 +6,9 @@ own names. They cannot be built here; what is checked instead is told in the not
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,12 +57,14 @@ def gather(expert: Expert, files: Files, wish: Wish, most: int = MOST) -> Notes:
     scratch = files.scratch()
     if "gguf" in chosen:
         values |= _gguf(chosen["gguf"], names, scratch, most)
+        values["gguf_folder"] = _folder(names, values["gguf_files"])
         for part in values["gguf_files"]:
             files.add(f"gguf/{part.name}", part.path)
         _render("react-native", files, values)
         _render("termux", files, values)
     if "onnx" in chosen:
         values |= _onnx(chosen["onnx"], expert.model, scratch, most)
+        values["onnx_folder"] = _folder(names, values["onnx_files"])
         for part in values["onnx_files"]:
             files.add(f"onnx/{names.slug}/{part.name}", part.path)
         _render("android", files, values)
@@ -174,6 +178,12 @@ def _onnx(artifact: Artifact, model: Path, scratch: Path, most: int) -> dict[str
 
 def _shipped(name: str, path: Path) -> Shipped:
     return Shipped(name, path, path.stat().st_size, sha256_file(path))
+
+
+def _folder(names: Names, parts: Sequence[Shipped]) -> str:
+    """Where an app keeps these files; others, also of the same sizes, are kept elsewhere."""
+    told = "".join(f"{part.sha256}  {part.name}\n" for part in parts)
+    return f"{names.slug}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
 
 
 def _templates() -> jinja2.Environment:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -77,13 +78,70 @@ INSTALL = """
 import {package}.installModel
 import java.io.File
 
-fun main(folders: Array<String>) = installModel(File(folders[1])) {{ name -> File(folders[0], name).inputStream() }}
+fun main(folders: Array<String>) {{
+    print(installModel(File(folders[1])) {{ name -> File(folders[0], name).inputStream() }}.name)
+}}
+"""
+
+# What model.ts asks of Expo, on a desktop's files: the app's documents are in argv[2], its assets in argv[3].
+EXPO = {
+    "expo-file-system": """
+import fs from 'node:fs';
+import path from 'node:path';
+class Entry {
+  constructor(...uris) { this.uri = path.join(...uris.map((one) => one.uri ?? one)); }
+  get name() { return path.basename(this.uri); }
+  get exists() { return fs.existsSync(this.uri); }
+  delete() { fs.rmSync(this.uri, { recursive: true }); }
+}
+export class File extends Entry {
+  get size() { return fs.statSync(this.uri).size; }
+  async copy(to) { fs.copyFileSync(this.uri, to.uri); }
+}
+export class Directory extends Entry {
+  create() { fs.mkdirSync(this.uri, { recursive: true }); }
+  list() {
+    const found = fs.readdirSync(this.uri, { withFileTypes: true });
+    return found.map((one) => new (one.isDirectory() ? Directory : File)(this.uri, one.name));
+  }
+}
+export const Paths = { document: new Directory(process.argv[2]) };
+""",
+    "expo-asset": """
+import fs from 'node:fs';
+import path from 'node:path';
+const fetch = (name) => {
+  const localUri = path.join(process.argv[3], `cached-${path.basename(name)}`);
+  fs.copyFileSync(path.join(process.argv[3], path.basename(name)), localUri);
+  return { localUri };
+};
+export const Asset = { fromModule: (name) => ({ downloadAsync: async () => fetch(name) }) };
+""",
+}
+TYPES = (": { module: number; name: string; bytes: number }[]", ": Promise<string>")
+PLACE = """
+globalThis.require = (name) => name;
+const { placeModel } = await import('./model.mjs');
+process.stdout.write(await placeModel());
 """
 
 
 @pytest.fixture(scope="module")
 def expert(tmp_path_factory: pytest.TempPathFactory) -> Expert:
     return make_expert(tmp_path_factory.mktemp("expert"))
+
+
+def built_anew(expert: Expert, folder: Path) -> Expert:
+    """The expert with other weights in files of the same names and sizes."""
+    artifacts = []
+    for one in expert.artifacts:
+        path = folder / one.path.name
+        (shutil.copytree if one.path.is_dir() else shutil.copyfile)(one.path, path)
+        weights = path / "model.onnx.data" if path.is_dir() else path
+        content = weights.read_bytes()
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        artifacts.append(replace(one, path=path))
+    return replace(expert, artifacts=tuple(artifacts))
 
 
 @pytest.fixture
@@ -229,6 +287,51 @@ def test_the_model_is_brought_into_the_app_and_checked(expert: Expert, tmp_path:
     assert f"../gguf/{parts[1].name} is damaged" in refused.stderr
 
 
+@pytest.mark.skipif(NODE is None, reason="needs Node.js")
+def test_an_update_of_the_react_native_app_brings_its_own_model(expert: Expert, tmp_path: Path) -> None:
+    """model.ts without its types, on stand-ins for Expo."""
+    (tmp_path / "built").mkdir()
+    documents = tmp_path / "documents"
+    for kept in (NAME, f"{NAME}-notes", f"other-{'0' * 12}"):
+        (documents / kept).mkdir(parents=True)
+    (documents / f"{NAME}-{'0' * 12}").write_text("a file of the app's")
+    others = sorted(documents.iterdir())
+    (documents / f"{NAME}-{'f' * 12}").mkdir()
+
+    def start(name: str, which: Expert) -> tuple[Path, dict[str, bytes]]:
+        """The folder of the model after a start of the app, and what was shipped."""
+        project = tmp_path / name / "react-native"
+        if not project.is_dir():
+            write_bundle(which, tmp_path / name, most=60_000)
+            subprocess.run(["node", project / "bring-model.mjs"], check=True)
+            model = (project / "model.ts").read_text()
+            for declared in TYPES:
+                assert model.count(declared) == 1
+                model = model.replace(declared, "")
+            (project / "model.mjs").write_text(model)
+            (project / "place.mjs").write_text(PLACE)
+            for package, source in EXPO.items():
+                (project / "node_modules" / package).mkdir(parents=True)
+                (project / "node_modules" / package / "index.mjs").write_text(source)
+                (project / "node_modules" / package / "package.json").write_text('{"exports": "./index.mjs"}')
+        command = ["node", project / "place.mjs", documents, project / "assets"]
+        placed = Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        shipped = {path.name: path.read_bytes() for path in (tmp_path / name / "gguf").iterdir()}
+        assert placed.name == min(shipped)
+        assert {path.name: path.read_bytes() for path in placed.parent.iterdir()} == shipped
+        return placed.parent, shipped
+
+    first, before = start("first", expert)
+    assert sorted(documents.iterdir()) == sorted([*others, first])
+    untouched = first.stat().st_mtime_ns
+    assert start("first", expert)[0] == first
+    assert first.stat().st_mtime_ns == untouched
+    second, after = start("second", built_anew(expert, tmp_path / "built"))
+    assert {name: len(content) for name, content in before.items()} == {name: len(after[name]) for name in after}
+    assert before != after
+    assert sorted(documents.iterdir()) == sorted([*others, second])
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(NODE is None, reason="needs Node.js")
 def test_typescript_compiles_against_the_packages_own_types(bundle: Path, tmp_path: Path) -> None:
@@ -259,7 +362,7 @@ def test_typescript_compiles_against_the_packages_own_types(bundle: Path, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.skipif(JAVA is None, reason="needs Java")
-def test_kotlin_compiles_and_the_model_is_installed_whole(bundle: Path, tmp_path: Path) -> None:
+def test_kotlin_compiles_and_the_model_is_installed_whole(expert: Expert, bundle: Path, tmp_path: Path) -> None:
     """All of the app but its one activity, by the Kotlin compiler of the project's version; the copying runs."""
     packed = ["npm", "pack", "--silent", "--pack-destination", str(tmp_path), f"kotlin-compiler@{VERSIONS['kotlin']}"]
     subprocess.run(packed, check=True, capture_output=True, timeout=300)
@@ -274,22 +377,46 @@ def test_kotlin_compiles_and_the_model_is_installed_whole(bundle: Path, tmp_path
         text = f"package ai.onnxruntime.genai;\npublic {declared} {{{members}\n}}\n"
         (genai / f"{found[1]}.java").write_text(text)
     (tmp_path / "Install.kt").write_text(INSTALL.format(package=names_of(NAME).package))
-    sources = [next(bundle.rglob(name)) for name in ("Expert.kt", "ModelFiles.kt")]
-    command = ["bash", tmp_path / "package" / "bin" / "kotlinc", *sources, tmp_path / "Install.kt", java]
-    jar = tmp_path / "app.jar"
-    compiled = subprocess.run([*command, "-include-runtime", "-d", jar], capture_output=True, text=True, timeout=300)
-    assert (compiled.returncode, compiled.stderr) == (0, "")
+    jar, files = tmp_path / "app.jar", tmp_path / "files"
 
-    def install() -> subprocess.CompletedProcess[str]:
-        run = ["java", "-cp", jar, "InstallKt", bundle / "onnx", tmp_path / "files"]
+    def compile(*sources: Path) -> None:
+        command = ["bash", tmp_path / "package" / "bin" / "kotlinc", *sources, "-include-runtime", "-d", jar]
+        compiled = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert (compiled.returncode, compiled.stderr) == (0, "")
+
+    def install(bundle: Path) -> subprocess.CompletedProcess[str]:
+        run = ["java", "-cp", jar, "InstallKt", bundle / "onnx", files]
         return subprocess.run(run, capture_output=True, text=True, timeout=60)
 
-    assert install().returncode == 0
-    shipped = {path.name: path.read_bytes() for path in (bundle / "onnx" / NAME).iterdir()}
-    assert {path.name: path.read_bytes() for path in (tmp_path / "files").iterdir()} == shipped
-    (tmp_path / "files" / "model.onnx").unlink()
-    (bundle / "onnx" / NAME / "model.onnx").write_bytes(shipped["model.onnx"][:-1] + b"?")
-    refused = install()
+    def installed(bundle: Path) -> Path:
+        """The folder of the model after a start of the app; it alone is there, with what was shipped."""
+        done = install(bundle)
+        assert done.returncode == 0, done.stderr
+        assert [path.name for path in files.iterdir() if path.name != f"{NAME}-notes"] == [done.stdout]
+        shipped = {path.name: path.read_bytes() for path in (bundle / "onnx" / NAME).iterdir()}
+        assert {path.name: path.read_bytes() for path in (files / done.stdout).iterdir()} == shipped
+        return files / done.stdout
+
+    compile(*(next(bundle.rglob(name)) for name in ("Expert.kt", "ModelFiles.kt")), tmp_path / "Install.kt", java)
+    (files / f"{NAME}-notes").mkdir(parents=True)
+    (files / f"{NAME}-{'f' * 12}").mkdir()
+    first = installed(bundle)
+    untouched = first.stat().st_mtime_ns
+    assert installed(bundle) == first
+    assert first.stat().st_mtime_ns == untouched
+    (first / "model.onnx").unlink()
+    content = (bundle / "onnx" / NAME / "model.onnx").read_bytes()
+    (bundle / "onnx" / NAME / "model.onnx").write_bytes(content[:-1] + b"?")
+    refused = install(bundle)
     assert refused.returncode == 1
     assert "model.onnx is damaged" in refused.stderr
-    assert not list((tmp_path / "files").glob("model.onnx*[!a]"))
+    assert not list(first.glob("model.onnx*[!a]"))
+
+    (tmp_path / "built").mkdir()
+    update = tmp_path / "update"
+    write_bundle(built_anew(expert, tmp_path / "built"), update)
+    compile(next(update.rglob("ModelFiles.kt")), tmp_path / "Install.kt")
+    (bundle / "onnx" / NAME / "model.onnx").write_bytes(content)
+    sizes = [{path.name: path.stat().st_size for path in (one / "onnx" / NAME).iterdir()} for one in (bundle, update)]
+    assert sizes[0] == sizes[1]
+    assert installed(update) != first
