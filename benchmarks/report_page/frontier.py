@@ -48,9 +48,12 @@ class Frontier:
     how: str = ""
     marked: tuple[bool, ...] | None = None  # which are dominated, as `compare` found
 
-    def dominating(self, row: Row) -> list[Row]:
-        """The rows that are no worse than ``row`` in anything measured of both, and better in something."""
-        return [other for other in self.rows if other is not row and _dominates(other, row, self.text)]
+    def dominating(self, row: Row, memory: bool = True) -> list[Row]:
+        """The rows that are no worse than ``row`` in anything measured of both, and better in something.
+
+        Without ``memory`` it does not count.
+        """
+        return [other for other in self.rows if other is not row and _dominates(other, row, self.text, memory)]
 
     def dominated(self, row: Row) -> bool:
         """As `compare` says; where it was not asked, whether a row is no worse in anything and better in something."""
@@ -201,13 +204,15 @@ def _front(points: Iterable[tuple[float, float]], lower: bool) -> list[tuple[flo
     return sorted(found)
 
 
-def _dominates(one: Row, other: Row, text: str) -> bool:
-    """Whether ``one`` is no worse in bytes, bits and, where both have it, speed, and better in one of them."""
+def _dominates(one: Row, other: Row, text: str, memory: bool) -> bool:
+    """Whether ``one`` is no worse in bytes, bits and, where both have them, speed and memory, and better in one."""
     if text not in one.bits or text not in other.bits:
         return False
     pairs: list[tuple[float, float]] = [(one.bytes, other.bytes), (one.bits[text], other.bits[text])]
     if one.tps is not None and other.tps is not None:
         pairs.append((-one.tps["mean"], -other.tps["mean"]))
+    if memory and one.rss is not None and other.rss is not None:
+        pairs.append((one.rss, other.rss))
     return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cusprun.benchmarks.report_page.frontier import MB, Frontier, Row
@@ -64,17 +64,29 @@ def shipping(report: Mapping[str, Any], frontier: Frontier | None, row: Row | No
     if row is None or others < 1:
         return "Whether to ship it is open: the comparison does not hold this file; `cusprun-edge compare` measures it."
     timed = row.tps is not None and all(other.tps is not None for other in frontier.rows)
+    weighed = row.rss is not None and all(other.rss is not None for other in frontier.rows)
     better = frontier.dominating(row)
     figures = f"as small, {'as fast ' if timed else ''}and as good on {frontier.text}"
     if frontier.dominated(row):
-        named = _listed([_figures(other, frontier.text) for other in better]) if better else row.remark
-        return f"On these figures do not ship it: {named} {'are each' if len(better) > 1 else 'is'} at least {figures}."
+        if not better:
+            return f"On these figures do not ship it: {row.remark or 'it is dominated'}."
+        several = len(better) > 1
+        memory = f", and take{'' if several else 's'} as little memory" if weighed else ""
+        named = _listed([_figures(other, frontier.text) for other in better])
+        return f"On these figures do not ship it: {named} {'are each' if several else 'is'} at least {figures}{memory}."
+    held = [other for other in frontier.dominating(row, memory=False) if other not in better]
     aside = [
         other for other in frontier.rows
-        if other is not row and other.bytes < row.bytes and _bits(other, frontier) < _bits(row, frontier)
+        if other is not row and other not in held and other.bytes < row.bytes
+        and _bits(other, frontier) < _bits(row, frontier)
     ]  # fmt: skip
     files = "the one other file" if others == 1 else f"any of the {others} other files"
-    sentence = f"It is not dominated by {files} compared: none is at once {figures}"
+    sentence = f"It is not dominated by {files} compared: "
+    if held:
+        sentence += f"only its memory ({_memory(row, held)}) keeps it from being dominated by "
+        sentence += _listed([_figures(other, frontier.text) for other in held])
+    else:
+        sentence += f"none is at once {figures}{' and takes as little memory' if weighed else ''}"
     if aside:
         named = _listed([_figures(other, frontier.text) for other in aside])
         sentence += (
@@ -119,6 +131,13 @@ def _p(value: float) -> str:
 def _figures(row: Row, text: str) -> str:
     speed = f", {row.tps['mean']:.0f} tokens/s" if row.tps is not None else ""
     return f"{row.name} in {row.type} ({row.bytes / MB:.1f} MB, {row.bits[text]:.3f} bits per byte{speed})"
+
+
+def _memory(row: Row, others: Sequence[Row]) -> str:
+    """200 MB against 240 MB."""
+    sizes = [one.rss / MB for one in (row, *others) if one.rss is not None]
+    own, *theirs = [f"{size:.{0 if min(sizes) >= 100 else 1}f} MB" for size in sizes]
+    return f"{own} against {_listed(theirs)}"
 
 
 def _bits(row: Row, frontier: Frontier) -> float:

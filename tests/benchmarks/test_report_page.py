@@ -170,6 +170,35 @@ def test_verdict_beside_the_frontier(tmp_path: Path) -> None:
     assert "does not hold this file" in sentences(tmp_path, frontier=other)[2]
 
 
+def weighed(*megabytes: int, dominated: bool = False) -> dict[str, Any]:
+    """The frontier in which the dense file in four bits is better in all but memory."""
+    found = frontier(dominated)
+    found["rows"][1]["bits_per_byte"] = {"scenario": 0.91}
+    for row, size in zip(found["rows"], megabytes, strict=True):
+        row["peak_rss_bytes"] = size * 10**6
+    return found
+
+
+def test_verdict_names_memory_where_it_alone_saves_the_expert(tmp_path: Path) -> None:
+    *_, saved = sentences(tmp_path, frontier=weighed(200, 240, 150))
+    assert saved == (
+        "It is not dominated by any of the 2 other files compared: only its memory (200 MB against 240 MB) keeps it "
+        "from being dominated by dense q4 in gguf q4_0 (91.0 MB, 0.910 bits per byte, 160 tokens/s)."
+    )
+    slower = weighed(200, 240, 150)
+    slower["rows"][1]["decode_tps"] = {"mean": 90.0, "sd": 1.0, "n": 3}
+    assert sentences(tmp_path, frontier=slower)[2] == (
+        "It is not dominated by any of the 2 other files compared: none is at once as small, as fast and as good on "
+        "scenario and takes as little memory, though dense q4 in gguf q4_0 (91.0 MB, 0.910 bits per byte, 90 tokens/s) "
+        "is smaller and loses less."
+    )
+    beaten = weighed(200, 190, 150, dominated=True)
+    assert "as fast and as good on scenario, and takes as little memory." in sentences(tmp_path, frontier=beaten)[2]
+    unexplained = weighed(200, 240, 150, dominated=True)
+    unexplained["rows"][0]["remark"] = "dominated by dense q4"
+    assert sentences(tmp_path, frontier=unexplained)[2] == "On these figures do not ship it: dominated by dense q4."
+
+
 def test_frontier_is_drawn_with_its_table(tmp_path: Path) -> None:
     page = write_pages(make_expert(tmp_path / "e", make_report(frontier=frontier(False))))[0].read_text()
     assert page.count("<figure ") == 6
