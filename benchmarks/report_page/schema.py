@@ -52,6 +52,9 @@ class Speed(Part):
 
 class Pairs(Part):
     median_of_pairs: Number
+    of_pairs: Number | None = None  # this and what follows are missing in old records
+    pairs: Count | None = None
+    ci95: Interval | None = None
 
 
 class Exact(Part):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cusprun.benchmarks.report_page.frontier import MB, Frontier, Row
-from cusprun.benchmarks.report_page.intervals import ratio_interval
+from cusprun.benchmarks.report_page.intervals import decode_ratio
 from cusprun.benchmarks.tally import percent
 
 SIGNIFICANT = 0.05
@@ -27,10 +27,8 @@ def bought(speed: Mapping[str, Any]) -> str:
         f"({dense['file_bytes'] / MB:.1f} MB)"
     )
     means = f"{expert['decode_tps']['mean']:.1f} tokens/s against {dense['decode_tps']['mean']:.1f}"
-    ratio = f"{speed['ratios']['decode_tps']['median_of_pairs']:.2f}×"
-    interval = ratio_interval(
-        expert.get("samples", {}).get("decode_tps", []), dense.get("samples", {}).get("decode_tps", [])
-    )
+    value, interval = decode_ratio(speed)
+    ratio = f"{value:.2f}×"
     if interval is None:
         n = expert["decode_tps"]["n"]
         return f"{file}, and it decodes {means} ({ratio}, of {n} runs each: too few for an interval)."

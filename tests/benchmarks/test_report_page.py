@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -129,6 +130,29 @@ def test_verdict_does_not_call_noise_speed(tmp_path: Path) -> None:
     slower, _, _ = sentences(tmp_path, speed=speeds([50.0, 51.0, 50.0], [100.0, 101.0, 100.0], (200, 100)))
     assert "100.0% larger than" in slower
     assert "decodes slower" in slower
+
+
+def test_the_ratio_is_the_report_s_own_with_its_interval(tmp_path: Path) -> None:
+    drifted = [100.0 + (-1) ** (index // 6) * 3 + index % 2 for index in range(12)]
+    report = make_report(speed=speeds(drifted, [100.0] * 12))
+    kept = report["speed"]["ratios"]["decode_tps"]
+    logs = [math.log(run / 100) for run in drifted]
+    assert kept["of_pairs"] == pytest.approx(math.exp(sum(logs) / 12))
+    assert kept["ci95"][0] < math.exp(mean_interval(logs)[0]) - 0.005  # runs that hang together
+    shown = f"{kept['of_pairs']:.2f}×, 95 % interval {kept['ci95'][0]:.2f} to {kept['ci95'][1]:.2f}, 12 paired runs"
+    for name in ("new", "old"):
+        assert shown in verdicts(read_experts([make_expert(tmp_path / name, report)]))[0][0]
+        for field in ("of_pairs", "pairs", "ci95"):
+            kept.pop(field, None)
+    report = make_report()
+    report["speed"]["ratios"]["decode_tps"] |= {"of_pairs": 1.41, "ci95": [1.31, 1.51]}
+    experts = read_experts([make_expert(tmp_path / "kept", report)])
+    assert "(1.41×, 95 % interval 1.31 to 1.51, 3 paired runs)" in verdicts(experts)[0][0]
+    assert "1.41× [1.31, 1.51]" in render_page([*experts, *experts])
+    del report["speed"]["expert"]["samples"]
+    for field in ("of_pairs", "pairs", "ci95"):
+        del report["speed"]["ratios"]["decode_tps"][field]
+    assert "(1.50×, of 3 runs each" in verdicts(read_experts([make_expert(tmp_path / "oldest", report)]))[0][0]
 
 
 @pytest.mark.parametrize(
