@@ -203,6 +203,7 @@ class ReportFile(Part):
 class Base(Part):
     id: str
     parameters: Count
+    sha256: str | None = None
     licence: str | None = None
 
 

@@ -266,6 +266,27 @@ def test_many_experts_share_a_page_and_a_frontier_of_the_same_text(tmp_path: Pat
     assert "Whether to ship it is open" in told[2][2]
 
 
+def test_experts_of_other_base_models_share_no_frontier(tmp_path: Path) -> None:
+    """Their windows hold other bytes, though as many tokens."""
+
+    def shared(*bases: dict[str, str] | None) -> int:
+        folders = [make_expert(tmp_path / f"{number}") for number in range(len(bases))]
+        for folder, base in zip(folders, bases, strict=True):
+            card = json.loads((folder / "expert.json").read_text())
+            card["base"] |= base or {}
+            (folder / "expert.json").write_text(json.dumps(card))
+            if base is None:
+                (folder / "expert.json").unlink()
+        return len(own_frontiers(read_experts(folders)))
+
+    assert shared({"sha256": "1" * 64}, {"sha256": "1" * 64}) == 1
+    assert shared({"sha256": "1" * 64}, {"sha256": "1" * 64, "id": "a/copy"}) == 1
+    assert shared({"sha256": "1" * 64}, {"sha256": "2" * 64}) == 0
+    assert shared({}, {}) == 1
+    assert shared({}, {"id": "org/other"}) == 0
+    assert shared(None, None) == 0
+
+
 def test_every_type_of_an_expert_is_shown(tmp_path: Path) -> None:
     rows = [replace(row, quant="q4_0") for row in speeds([180.0] * 3, [120.0] * 3, (60_000_000, 91_000_000))]
     folder = make_expert(tmp_path / "e", q4_0=make_report(speed=rows, quality=qualities(0.95, 0.93)))
