@@ -5,7 +5,7 @@ Anything further may stand in them.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,8 +15,8 @@ class Part(BaseModel):
 
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-Positive = Annotated[float, Field(gt=0, strict=False)]
-Number = Annotated[float, Field(strict=False)]
+Positive = Annotated[float, Field(gt=0)]
+Number = float  # whole ones too, strings and booleans not
 Interval = Annotated[list[Number], Field(min_length=2, max_length=2)]
 
 
@@ -182,11 +182,34 @@ class Frontier(Part):
     verdicts: list[str] = []
 
 
+class Budget(Part):
+    """The wishes that :class:`cusprun.budget.Budget` knows, and no other: it is made of them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    size: Count | None = None
+    ram: Count | None = None
+    speedup: Number | None = None
+    tps: Number | None = None
+
+
+class Method(Part):
+    budget: Budget | None = None
+
+
+class Solved(Part):
+    figure: Literal["file_bytes", "peak_rss_bytes", "decode_tps", "speedup"]
+    wish: Number | None
+    predicted: Number
+    measured: Number
+    error: Number
+
+
 class ReportFile(Part):
     cusprun: str
     measured_at: str
     scenario: dict[str, Any]
-    method: dict[str, Any]
+    method: Method
     environment: Environment
     speed: SpeedSection
     quality: QualitySection
@@ -198,6 +221,7 @@ class ReportFile(Part):
     samples: list[Sample] = []
     samples_how: str = ""
     frontier: Frontier | None = None
+    solved: list[Solved] | None = None
 
 
 class Base(Part):

@@ -340,6 +340,41 @@ def test_what_is_no_report_is_refused_in_one_message(tmp_path: Path, one: Path) 
         read_experts([lacking])
 
 
+SOLVED = {"figure": "file_bytes", "wish": None, "predicted": 90_000_000, "measured": 91_000_000, "error": -0.011}
+
+
+@pytest.mark.parametrize(
+    ("solved", "budget", "said"),
+    [
+        (5, None, "solved: Input should be a valid list"),
+        ([5], None, r"solved\.0: "),
+        ([{**SOLVED, "figure": "colour"}], None, r"solved\.0\.figure: "),
+        ([{**SOLVED, "predicted": "many"}], None, r"solved\.0\.predicted: "),
+        ([{**SOLVED, "measured": "91"}], None, r"solved\.0\.measured: "),
+        ([{name: SOLVED[name] for name in ("figure", "wish", "predicted", "measured")}], None, r"solved\.0\.error: "),
+        ([], {"sizes": 1}, r"method\.budget\.sizes: "),
+        ([], {"size": "60MB"}, r"method\.budget\.size: "),
+        ([], {"tps": float("inf")}, r"method\.budget\.tps: "),
+        ([], 5, r"method\.budget: "),
+    ],
+)
+def test_a_damaged_solution_is_told_by_its_place(tmp_path: Path, solved: Any, budget: Any, said: str) -> None:
+    folder = make_expert(tmp_path / "e")
+    path = folder / "report" / "report.json"
+    report = json.loads(path.read_text())
+    path.write_text(json.dumps({**report, "solved": solved, "method": {**report["method"], "budget": budget}}))
+    with pytest.raises(InvalidRequest, match=rf"report\.json is damaged \({said}"):
+        read_experts([folder])
+
+
+def test_what_was_solved_is_shown(tmp_path: Path) -> None:
+    budget = {"size": 91_000_000, "speedup": 1.5}
+    report = make_report(method={"name": "refit", "budget": budget, "solved": {"file_bytes": 90_000_000}})
+    page = write_pages(make_expert(tmp_path / "e", report))[0].read_text()
+    assert "--size 91MB --speedup 1.5" in page
+    assert "file, MB" in page
+
+
 def test_out_is_an_html_file(tmp_path: Path, one: Path) -> None:
     experts = read_experts([one])
     for out in (one / "report" / "report.json", tmp_path):
