@@ -31,8 +31,8 @@ def decode_ratio(speed: Mapping[str, Any]) -> tuple[float, tuple[float, float] |
     """
     kept = speed["ratios"]["decode_tps"]
     if kept.get("of_pairs") is not None and kept.get("pairs") is not None:
-        low, high = kept.get("ci95") or (None, None)
-        return kept["of_pairs"], None if low is None or kept["pairs"] < FEWEST else (low, high)
+        interval = kept.get("ci95") if kept["pairs"] >= FEWEST else None
+        return kept["of_pairs"], None if interval is None else (interval[0], interval[1])
     one, other = (speed[who].get("samples", {}).get("decode_tps", []) for who in ("expert", "dense"))
     found = ratio_interval(one, other)
     return (kept["median_of_pairs"], None) if found is None else (Ratio.of(one, other).of_pairs, found)

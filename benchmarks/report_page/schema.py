@@ -174,11 +174,13 @@ class Compared(Part):
     bits_per_byte: dict[str, Positive]
     dominated: bool
     remark: str
+    samples: Samples = Samples()
 
 
 class Frontier(Part):
     rows: list[Compared]
     text: str
+    how: str = ""
     verdicts: list[str] = []
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cusprun.benchmarks.dominance import MEMORY_TOLERANCE
 from cusprun.benchmarks.report_page.frontier import MB, Frontier, Row
 from cusprun.benchmarks.report_page.intervals import decode_ratio
 from cusprun.benchmarks.tally import percent
@@ -63,16 +65,19 @@ def shipping(report: Mapping[str, Any], frontier: Frontier | None, row: Row | No
         return "Whether to ship it is open: the comparison does not hold this file; `cusprun-edge compare` measures it."
     timed = row.tps is not None and all(other.tps is not None for other in frontier.rows)
     weighed = row.rss is not None and all(other.rss is not None for other in frontier.rows)
-    better = frontier.dominating(row)
     figures = f"as small, {'as fast ' if timed else ''}and as good on {frontier.text}"
     if frontier.dominated(row):
+        better = frontier.dominating(row)
         if not better:
             return f"On these figures do not ship it: {row.remark or 'it is dominated'}."
         several = len(better) > 1
         memory = f", and take{'' if several else 's'} as little memory" if weighed else ""
         named = _listed([_figures(other, frontier.text) for other in better])
-        return f"On these figures do not ship it: {named} {'are each' if several else 'is'} at least {figures}{memory}."
-    held = [other for other in frontier.dominating(row, memory=False) if other not in better]
+        return (
+            f"On these figures do not ship it: {named} {'are each' if several else 'is'} at least "
+            f"{figures}{memory}{_alike(row, better)}."
+        )
+    held = [other for other in frontier.dominating(row, memory=False) if (other.rss or 0) > (row.rss or math.inf)]
     aside = [
         other for other in frontier.rows
         if other is not row and other not in held and other.bytes < row.bytes
@@ -136,6 +141,15 @@ def _memory(row: Row, others: Sequence[Row]) -> str:
     sizes = [one.rss / MB for one in (row, *others) if one.rss is not None]
     own, *theirs = [f"{size:.{0 if min(sizes) >= 100 else 1}f} MB" for size in sizes]
     return f"{own} against {_listed(theirs)}"
+
+
+def _alike(row: Row, others: Sequence[Row]) -> str:
+    """What is called as good though its figure is worse."""
+    slower = [other for other in others if row.tps and other.tps and other.tps["mean"] < row.tps["mean"]]
+    larger = [other for other in others if (other.rss or 0) > (row.rss or math.inf)]
+    said = ["the rounds show no difference in speed"] * bool(slower)
+    said += [f"memory is alike within {MEMORY_TOLERANCE:.0%}"] * bool(larger)
+    return f" ({'; '.join(said)})" if said else ""
 
 
 def _bits(row: Row, frontier: Frontier) -> float:

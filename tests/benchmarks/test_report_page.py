@@ -223,6 +223,39 @@ def test_verdict_names_memory_where_it_alone_saves_the_expert(tmp_path: Path) ->
     assert sentences(tmp_path, frontier=unexplained)[2] == "On these figures do not ship it: dominated by dense q4."
 
 
+def test_noise_dominates_no_expert(tmp_path: Path) -> None:
+    """Expert and dense file of one size and one loss: the dense one is faster in both means, in the second truly."""
+    steady, sizes = [108.0, 112.0, 110.0, 109.0, 111.0], (100_000_000, 100_000_000)
+    for name, expert, slower in (("noisy", [100.0, 130.0, 95.0, 120.0, 101.0], False), ("slow", [100.0] * 5, True)):
+        report = make_report(quality=qualities(0.9, 0.9), speed=speeds(expert, steady, sizes))
+        folders = [make_expert(tmp_path / name / each, report) for each in "ab"]
+        ((found, _),) = own_frontiers(read_experts(folders))
+        assert [found.dominated(row) for row in found.rows] == [slower, slower, False]
+        assert "round by round" in found.how
+
+
+def test_a_dominated_expert_s_better_means_are_called_noise(tmp_path: Path) -> None:
+    beaten = weighed(200, 201, 150, dominated=True)
+    for row, mean, runs in zip(
+        beaten["rows"], (111, 110, 50), ([100, 130, 103], [108, 112, 110], [50] * 3), strict=True
+    ):
+        row |= {"decode_tps": {"mean": mean, "sd": 9.0, "n": 3}, "samples": {"decode_tps": runs}}
+    shipping = sentences(tmp_path, frontier=beaten)[2]
+    assert shipping == (
+        "On these figures do not ship it: dense q4 in gguf q4_0 (91.0 MB, 0.910 bits per byte, 110 tokens/s) is at "
+        "least as small, as fast and as good on scenario, and takes as little memory (the rounds show no difference in "
+        "speed; memory is alike within 1%)."
+    )
+    beaten["how"] = "speeds differ where they differ"
+    (path,) = write_pages(make_expert(tmp_path / "how", make_report(frontier=beaten)))
+    assert "Speeds differ where they differ." in path.read_text()
+    assert "noise and all" not in path.read_text()
+    old = weighed(200, 201, 150)  # when memory was compared to the byte
+    (path,) = write_pages(make_expert(tmp_path / "old", make_report(frontier=old)))
+    assert "Speeds and memory were compared as they are, noise and all." in path.read_text()
+    assert "only its memory (200 MB against 201 MB) keeps it" in sentences(tmp_path, frontier=old)[2]
+
+
 def test_frontier_is_drawn_with_its_table(tmp_path: Path) -> None:
     page = write_pages(make_expert(tmp_path / "e", make_report(frontier=frontier(False))))[0].read_text()
     assert page.count("<figure ") == 6
