@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from cusprun.benchmarks.answer_store import artifact_sha256
 from cusprun.benchmarks.cost import cost
+from cusprun.benchmarks.dominance import MEMORY, MEMORY_TOLERANCE, SIZE, SPEED, Figures, advantage, dominates
 from cusprun.benchmarks.environment import machine
 from cusprun.benchmarks.quality import evaluate_corpora, join
 from cusprun.benchmarks.speed import Spread, bench
@@ -53,6 +54,17 @@ class Point:
     decode_tps: Spread | None = None
     prefill_tps: Spread | None = None
     peak_rss_bytes: int | None = None
+    samples: dict[str, list[float]] = field(default_factory=dict)  # decode_tps of every round; none in old records
+
+    def figures(self, text: str) -> Figures:
+        """What decides who dominates whom."""
+        return Figures(
+            size=self.file_bytes,
+            loss=self.increase[text],
+            speed=None if self.decode_tps is None else self.decode_tps.mean,
+            memory=self.peak_rss_bytes,
+            rounds={"": self.samples.get("decode_tps", [])},
+        )
 
     def at(self, axis: str) -> float | None:
         """Where it lies on an axis, less being better."""
@@ -63,7 +75,6 @@ class Point:
         return None if self.decode_tps is None else -self.decode_tps.mean
 
 
-SIZE, SPEED, MEMORY = "size", "speed", "memory"
 WORSE = {SIZE: "is no larger", SPEED: "is no slower", MEMORY: "takes no more memory"}
 
 
@@ -104,18 +115,30 @@ def compare(
             kept=cache_folder() / "bench",
         )  # fmt: skip
         points = [
-            replace(point, decode_tps=row.decode_tps, prefill_tps=row.prefill_tps, peak_rss_bytes=row.peak_rss_bytes)
+            replace(point, decode_tps=row.decode_tps, prefill_tps=row.prefill_tps, peak_rss_bytes=row.peak_rss_bytes,
+                    samples={"decode_tps": row.samples["decode_tps"]})
             for point, row in zip(points, rows, strict=True)
-        ]
+        ]  # fmt: skip
     text = next(iter(texts))
-    speed = f"speed: {repetitions} rounds in alternation, pp512 and tg128" if repetitions else "speed not measured"
+    how = f"over the same bytes in windows of {context} tokens, held against {reference.name}"
     return {
-        "how": f"over the same bytes in windows of {context} tokens, held against {reference.name}; {speed}",
+        "how": f"{how}; {_speed(repetitions)}",
         "text": text,
         "texts": list(texts),
         "rows": [_row(point, points, text) for point in points],
         "verdicts": verdicts(points, text),
     }
+
+
+def _speed(repetitions: int | None) -> str:
+    """How speed was taken and what counts as a difference."""
+    if not repetitions:
+        return "speed not measured"
+    memory = f"memory differs by more than {MEMORY_TOLERANCE:.0%}"
+    if repetitions == 1:
+        return f"speed: one round, pp512 and tg128; speeds are compared as they are, {memory}"
+    told = "speeds differ where the 95 % interval of the ratio of their rounds excludes 1"
+    return f"speed: {repetitions} rounds in alternation, pp512 and tg128; {told}, {memory}"
 
 
 def _quality(
@@ -166,17 +189,10 @@ def _point(one: Candidate, reference: Mapping[str, float], increase: Mapping[str
 def dominating(point: Point, points: Sequence[Point], text: str, *axes: str) -> Point | None:
     """The best of those that are no worse than ``point`` in bits per byte and on all ``axes``, and better in one.
 
-    Axes on which either was not measured do not count.
+    Axes on which either was not measured do not count, nor does noise (:mod:`cusprun.benchmarks.dominance`).
     """
-    better = []
-    for other in points:
-        pairs = [(other.at(axis), point.at(axis)) for axis in axes]
-        known = [(there, own) for there, own in pairs if there is not None and own is not None]
-        if other is point or not known:
-            continue
-        known.append((other.increase[text], point.increase[text]))
-        if all(there <= own for there, own in known) and any(there < own for there, own in known):
-            better.append(other)
+    own = point.figures(text)
+    better = [other for other in points if other is not point and dominates(other.figures(text), own, axes)]
     return min(better, key=lambda other: other.increase[text], default=None)
 
 
@@ -213,23 +229,30 @@ def verdicts(points: Sequence[Point], text: str) -> list[str]:
                 said.append(f"{point.name}: nothing here that {words} loses as little on {text}.")
             else:
                 said.append(
-                    f"{point.name} is dominated in {axis}: {other.name} has {_beside(other, point, axis)}, and its "
-                    f"bits per byte on {text} are {percent(other.increase[text])} over the reference's, not "
+                    f"{point.name} is dominated in {axis}: {other.name} has {_beside(other, point, axis, text)}, and "
+                    f"its bits per byte on {text} are {percent(other.increase[text])} over the reference's, not "
                     f"{percent(point.increase[text])}."
                 )
     return said
 
 
-def _beside(other: Point, point: Point, axis: str) -> str:
+def _beside(other: Point, point: Point, axis: str, text: str) -> str:
+    alike = advantage(other.figures(text), point.figures(text), axis) == 0
     if axis == SIZE:
         return f"{other.file_bytes / 1e6:.1f} MB instead of {point.file_bytes / 1e6:.1f}"
     if axis == MEMORY:
         assert other.peak_rss_bytes is not None
         assert point.peak_rss_bytes is not None
-        return f"{other.peak_rss_bytes / 1e6:.0f} MB of memory instead of {point.peak_rss_bytes / 1e6:.0f}"
+        sizes = [f"{size / 1e6:.0f}" for size in (other.peak_rss_bytes, point.peak_rss_bytes)]
+        if alike:
+            return f"{sizes[0]} MB of memory beside {sizes[1]}, alike within {MEMORY_TOLERANCE:.0%}"
+        return f"{sizes[0]} MB of memory instead of {sizes[1]}"
     assert other.decode_tps is not None
     assert point.decode_tps is not None
-    return f"{other.decode_tps.mean:.1f} tokens/s instead of {point.decode_tps.mean:.1f}"
+    speeds = [f"{tps.mean:.1f}" for tps in (other.decode_tps, point.decode_tps)]
+    if alike:
+        return f"{speeds[0]} tokens/s beside {speeds[1]}, no difference that is shown"
+    return f"{speeds[0]} tokens/s instead of {speeds[1]}"
 
 
 def frontier_table(found: Mapping[str, Any]) -> Grid:
@@ -250,5 +273,5 @@ def frontier_table(found: Mapping[str, Any]) -> Grid:
                 "yes" if row["dominated"] else "no",
             )
         )
-    note = "; dominated: another is no worse in anything here and better in something"
+    note = "; dominated: another is no worse in anything here and better in something, as far as differences are shown"
     return Grid("Frontier", headers, tuple(lines), "\n".join([found["how"] + note, *found["verdicts"]]))

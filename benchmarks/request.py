@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from cusprun.corpora.cache import cache_folder
 from cusprun.errors import InvalidRequest
 
 UNTIL, MAX_SECONDS = 0.02, 600.0
+WHOLE = re.compile(r"-?[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def _numbers(name: str, text: str | None, wrong: list[str]) -> tuple[int, ...] |
     if text is None:
         return None
     words = [word.strip() for word in text.split(",")]
-    if not all(word.lstrip("-").isdigit() for word in words):
+    if not all(WHOLE.fullmatch(word) for word in words):
         example = "1,2,4" if name == "threads" else "128,512"
         wrong.append(f"--{name} {text}: write whole numbers with commas, such as {example}")
         return None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cusprun.benchmarks.report_page.frontier import MB
-from cusprun.benchmarks.report_page.intervals import ratio_interval
+from cusprun.benchmarks.report_page.intervals import decode_ratio
 from cusprun.benchmarks.report_page.plots import KINDS
 from cusprun.benchmarks.report_page.reading import Measured
 from cusprun.benchmarks.tables import MIB, Grid
@@ -106,9 +106,7 @@ def summary(experts: Sequence[Measured]) -> Grid:
 def _summary_row(expert: Measured) -> tuple[str, ...]:
     report = expert.report
     own, speed = report["speed"]["expert"], report["speed"]
-    runs = [speed[who].get("samples", {}).get("decode_tps", []) for who in ("expert", "dense")]
-    interval = ratio_interval(*runs)
-    decode = f"{speed['ratios']['decode_tps']['median_of_pairs']:.2f}×"
+    ratio, interval = decode_ratio(speed)
     entry = report["quality"]["corpora"].get(expert.text, {})
     scenario = "-".join(str(value) for key, value in report["scenario"].items() if key != "name" and value)
     return (
@@ -117,7 +115,7 @@ def _summary_row(expert: Measured) -> tuple[str, ...]:
         f"{own['format']} {own['quant']}",
         f"{own['file_bytes'] / MB:.1f}",
         f"{speed['ratios']['file_bytes']['exact']:.1%}",
-        decode + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""),
+        f"{ratio:.2f}×" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""),
         percent(entry["bits_per_byte_increase"]) if entry.get("dense") else "",
         expert.text if entry.get("dense") else "",
         ", ".join(f"{found['paired']['p_value']:.2f}" for found in report["tasks"]["sets"].values()),

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from cusprun.benchmarks.dominance import AXES, MEMORY, Figures, dominates
 from cusprun.benchmarks.report_page.plots import Plot
 from cusprun.benchmarks.report_page.reading import Measured
 from cusprun.benchmarks.report_page.svg import DENSE, EXPERT, GIVEN, INK, PAPER, as_svg, canvas
@@ -36,6 +37,12 @@ class Row:
     tps: Mapping[str, float] | None  # mean, sd, n of decoding
     rss: int | None
     remark: str = ""
+    rounds: Mapping[str, Sequence[float]] = field(default_factory=dict)  # decoding, by the bench they were rounds of
+
+    def figures(self, text: str) -> Figures:
+        """What decides who dominates whom."""
+        mean = None if self.tps is None else self.tps["mean"]
+        return Figures(self.bytes, self.bits.get(text), mean, self.rss, self.rounds)
 
 
 @dataclass(frozen=True)
@@ -48,9 +55,14 @@ class Frontier:
     how: str = ""
     marked: tuple[bool, ...] | None = None  # which are dominated, as `compare` found
 
-    def dominating(self, row: Row) -> list[Row]:
-        """The rows that are no worse than ``row`` in anything measured of both, and better in something."""
-        return [other for other in self.rows if other is not row and _dominates(other, row, self.text)]
+    def dominating(self, row: Row, memory: bool = True) -> list[Row]:
+        """The rows that are no worse than ``row`` in anything measured of both, and better in something.
+
+        Noise does not count (:mod:`cusprun.benchmarks.dominance`), nor memory without ``memory``.
+        """
+        axes = [axis for axis in AXES if memory or axis != MEMORY]
+        own = row.figures(self.text)
+        return [other for other in self.rows if other is not row and dominates(other.figures(self.text), own, axes)]
 
     def dominated(self, row: Row) -> bool:
         """As `compare` says; where it was not asked, whether a row is no worse in anything and better in something."""
@@ -66,11 +78,16 @@ def given_frontier(report: Mapping[str, Any]) -> Frontier | None:
         return None
     rows = tuple(
         Row(row["name"], row["kind"], f"{row['format']} {row['quant']}", row["file_bytes"], row["bits_per_byte"],
-            row["decode_tps"], row["peak_rss_bytes"], row["remark"])
+            row["decode_tps"], row["peak_rss_bytes"], row["remark"],
+            {"": row.get("samples", {}).get("decode_tps", [])})
         for row in found["rows"]
     )  # fmt: skip
     verdicts = tuple(found.get("verdicts", ()))
-    return Frontier(rows, found["text"], verdicts, marked=tuple(row["dominated"] for row in found["rows"]))
+    marked = tuple(row["dominated"] for row in found["rows"])
+    how = [found["how"]] if found.get("how") else []
+    if any(row.tps for row in rows) and not any(row.rounds[""] for row in rows):  # a record of before
+        how.append("speeds and memory were compared as they are, noise and all")
+    return Frontier(rows, found["text"], verdicts, "; ".join(how), marked)
 
 
 def own_frontiers(experts: Sequence[Measured]) -> list[tuple[Frontier, dict[int, Row]]]:
@@ -93,7 +110,10 @@ def own_frontiers(experts: Sequence[Measured]) -> list[tuple[Frontier, dict[int,
             for index in members:
                 dense.setdefault(experts[index].dense_key(), []).append(experts[index])
             rows = (*own.values(), *(_row(group[0], "dense", group) for group in dense.values()))
-            how = "The figures of these reports; speeds come from separate runs, each expert beside its own dense file."
+            how = (
+                "The figures of these reports; speeds come from separate runs, each expert beside its own dense file, "
+                "to which it is held round by round where the rounds were kept; to all others by the mean."
+            )
             found.append((Frontier(rows, text, how=how), own))
     return found
 
@@ -201,20 +221,13 @@ def _front(points: Iterable[tuple[float, float]], lower: bool) -> list[tuple[flo
     return sorted(found)
 
 
-def _dominates(one: Row, other: Row, text: str) -> bool:
-    """Whether ``one`` is no worse in bytes, bits and, where both have it, speed, and better in one of them."""
-    if text not in one.bits or text not in other.bits:
-        return False
-    pairs: list[tuple[float, float]] = [(one.bytes, other.bytes), (one.bits[text], other.bits[text])]
-    if one.tps is not None and other.tps is not None:
-        pairs.append((-one.tps["mean"], -other.tps["mean"]))
-    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
-
-
 def _row(expert: Measured, who: str, group: Sequence[Measured]) -> Row:
     """One side of a report; the runs of several reports of the same dense file are put together."""
     side = expert.report["speed"][who]
-    runs = [run for member in group for run in member.report["speed"][who].get("samples", {}).get("decode_tps", [])]
+    rounds = {
+        str(member.path): member.report["speed"][who].get("samples", {}).get("decode_tps", []) for member in group
+    }
+    runs = [run for found in rounds.values() for run in found]
     tps = side["decode_tps"]
     if len(group) > 1 and len(runs) > 1:
         mean = math.fsum(runs) / len(runs)
@@ -224,4 +237,5 @@ def _row(expert: Measured, who: str, group: Sequence[Measured]) -> Row:
         text: entry[who]["bits_per_byte"] for text, entry in expert.report["quality"]["corpora"].items() if who in entry
     }
     name = expert.name if who == "expert" else f"{expert.base} (dense)"
-    return Row(name, who, f"{side['format']} {side['quant']}", side["file_bytes"], bits, tps, side["peak_rss_bytes"])
+    kind = f"{side['format']} {side['quant']}"
+    return Row(name, who, kind, side["file_bytes"], bits, tps, side["peak_rss_bytes"], rounds=rounds)

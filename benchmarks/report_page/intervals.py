@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cusprun.benchmarks.spread import Ratio
 
 FEWEST = 3  # runs: two give an interval twelve times as wide as their distance
 
@@ -20,15 +23,29 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     return mean - reach, mean + reach
 
 
+def decode_ratio(speed: Mapping[str, Any]) -> tuple[float, tuple[float, float] | None]:
+    """Decoding over the dense model's and its interval, None for fewer than three rounds: as the report holds them.
+
+    Records of old hold neither mean nor interval of the pairs; there both come from the runs, and from those whose runs
+    were not kept there is the median alone.
+    """
+    kept = speed["ratios"]["decode_tps"]
+    if kept.get("of_pairs") is not None and kept.get("pairs") is not None:
+        interval = kept.get("ci95") if kept["pairs"] >= FEWEST else None
+        return kept["of_pairs"], None if interval is None else (interval[0], interval[1])
+    one, other = (speed[who].get("samples", {}).get("decode_tps", []) for who in ("expert", "dense"))
+    found = ratio_interval(one, other)
+    return (kept["median_of_pairs"], None) if found is None else (Ratio.of(one, other).of_pairs, found)
+
+
 def ratio_interval(one: Sequence[float], other: Sequence[float]) -> tuple[float, float] | None:
-    """Of the ratio of two artifacts run in alternation: from the logarithms of each round's ratio.
+    """Of the geometric mean of the ratios of two artifacts run in alternation, by the rule of decision 015.
 
     None for fewer than three rounds, for lists of different lengths, and where a value is not above 0.
     """
-    if len(one) != len(other) or not all(value > 0 for value in (*one, *other)):
+    if len(one) != len(other) or len(one) < FEWEST or not all(value > 0 for value in (*one, *other)):
         return None
-    found = mean_interval([math.log(a / b) for a, b in zip(one, other, strict=True)])
-    return None if found is None else (math.exp(found[0]), math.exp(found[1]))
+    return Ratio.of(one, other).ci95
 
 
 def bits_interval(quality: dict[str, float]) -> tuple[float, float] | None:

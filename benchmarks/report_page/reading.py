@@ -42,6 +42,11 @@ class Measured:
         return str(self.card["base"]["id"]) if self.card is not None else "the dense model"
 
     @property
+    def base_key(self) -> str | None:
+        """What tells base models apart: the sha256 of the weights, in old records the id; None without a card."""
+        return None if self.card is None else str(self.card["base"].get("sha256") or self.card["base"]["id"])
+
+    @property
     def text(self) -> str:
         """The held-out text that stands for the scenario; the first where none has that name."""
         corpora = self.report["quality"]["corpora"]
@@ -55,18 +60,17 @@ class Measured:
             for row in self.report["corpora"]
             if row.get("side") == "held-out" and row.get("text") == self.text
         ]
-        if entry is None or "dense" not in entry or not rows or None in rows:
+        if entry is None or "dense" not in entry or not rows or None in rows or self.base_key is None:
             return None
-        dense = entry["dense"]  # windows are cut in its tokens
-        return json.dumps(
-            [sorted(map(str, rows)), self.text, dense["tokens"], dense["context"], self.report["quality"]["score"]]
-        )
+        dense = entry["dense"]  # windows are cut in its tokens, as many of them as were asked for
+        score = self.report["quality"]["score"]
+        return json.dumps([sorted(map(str, rows)), self.text, self.base_key, dense["tokens"], dense["context"], score])
 
     def dense_key(self) -> tuple[Any, ...]:
         """The same for reports that were held against the same dense file."""
         dense = self.report["speed"]["dense"]
         bits = self.report["quality"]["corpora"][self.text]["dense"]["bits_per_byte"]
-        return (self.base, dense["format"], dense["quant"], dense["file_bytes"], bits)
+        return (self.base_key, dense["format"], dense["quant"], dense["file_bytes"], bits)
 
 
 def read_experts(folders: Sequence[Path]) -> list[Measured]:

@@ -5,7 +5,7 @@ Anything further may stand in them.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,8 +15,8 @@ class Part(BaseModel):
 
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-Positive = Annotated[float, Field(gt=0, strict=False)]
-Number = Annotated[float, Field(strict=False)]
+Positive = Annotated[float, Field(gt=0)]
+Number = float  # whole ones too, strings and booleans not
 Interval = Annotated[list[Number], Field(min_length=2, max_length=2)]
 
 
@@ -52,6 +52,9 @@ class Speed(Part):
 
 class Pairs(Part):
     median_of_pairs: Number
+    of_pairs: Number | None = None  # this and what follows are missing in old records
+    pairs: Count | None = None
+    ci95: Interval | None = None
 
 
 class Exact(Part):
@@ -171,19 +174,44 @@ class Compared(Part):
     bits_per_byte: dict[str, Positive]
     dominated: bool
     remark: str
+    samples: Samples = Samples()
 
 
 class Frontier(Part):
     rows: list[Compared]
     text: str
+    how: str = ""
     verdicts: list[str] = []
+
+
+class Budget(Part):
+    """The wishes that :class:`cusprun.budget.Budget` knows, and no other: it is made of them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    size: Count | None = None
+    ram: Count | None = None
+    speedup: Number | None = None
+    tps: Number | None = None
+
+
+class Method(Part):
+    budget: Budget | None = None
+
+
+class Solved(Part):
+    figure: Literal["file_bytes", "peak_rss_bytes", "decode_tps", "speedup"]
+    wish: Number | None
+    predicted: Number
+    measured: Number
+    error: Number
 
 
 class ReportFile(Part):
     cusprun: str
     measured_at: str
     scenario: dict[str, Any]
-    method: dict[str, Any]
+    method: Method
     environment: Environment
     speed: SpeedSection
     quality: QualitySection
@@ -195,11 +223,13 @@ class ReportFile(Part):
     samples: list[Sample] = []
     samples_how: str = ""
     frontier: Frontier | None = None
+    solved: list[Solved] | None = None
 
 
 class Base(Part):
     id: str
     parameters: Count
+    sha256: str | None = None
     licence: str | None = None
 
 

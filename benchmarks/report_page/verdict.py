@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cusprun.benchmarks.dominance import MEMORY_TOLERANCE
 from cusprun.benchmarks.report_page.frontier import MB, Frontier, Row
-from cusprun.benchmarks.report_page.intervals import ratio_interval
+from cusprun.benchmarks.report_page.intervals import decode_ratio
 from cusprun.benchmarks.tally import percent
 
 SIGNIFICANT = 0.05
@@ -27,10 +29,8 @@ def bought(speed: Mapping[str, Any]) -> str:
         f"({dense['file_bytes'] / MB:.1f} MB)"
     )
     means = f"{expert['decode_tps']['mean']:.1f} tokens/s against {dense['decode_tps']['mean']:.1f}"
-    ratio = f"{speed['ratios']['decode_tps']['median_of_pairs']:.2f}×"
-    interval = ratio_interval(
-        expert.get("samples", {}).get("decode_tps", []), dense.get("samples", {}).get("decode_tps", [])
-    )
+    value, interval = decode_ratio(speed)
+    ratio = f"{value:.2f}×"
     if interval is None:
         n = expert["decode_tps"]["n"]
         return f"{file}, and it decodes {means} ({ratio}, of {n} runs each: too few for an interval)."
@@ -64,17 +64,32 @@ def shipping(report: Mapping[str, Any], frontier: Frontier | None, row: Row | No
     if row is None or others < 1:
         return "Whether to ship it is open: the comparison does not hold this file; `cusprun-edge compare` measures it."
     timed = row.tps is not None and all(other.tps is not None for other in frontier.rows)
-    better = frontier.dominating(row)
+    weighed = row.rss is not None and all(other.rss is not None for other in frontier.rows)
     figures = f"as small, {'as fast ' if timed else ''}and as good on {frontier.text}"
     if frontier.dominated(row):
-        named = _listed([_figures(other, frontier.text) for other in better]) if better else row.remark
-        return f"On these figures do not ship it: {named} {'are each' if len(better) > 1 else 'is'} at least {figures}."
+        better = frontier.dominating(row)
+        if not better:
+            return f"On these figures do not ship it: {row.remark or 'it is dominated'}."
+        several = len(better) > 1
+        memory = f", and take{'' if several else 's'} as little memory" if weighed else ""
+        named = _listed([_figures(other, frontier.text) for other in better])
+        return (
+            f"On these figures do not ship it: {named} {'are each' if several else 'is'} at least "
+            f"{figures}{memory}{_alike(row, better)}."
+        )
+    held = [other for other in frontier.dominating(row, memory=False) if (other.rss or 0) > (row.rss or math.inf)]
     aside = [
         other for other in frontier.rows
-        if other is not row and other.bytes < row.bytes and _bits(other, frontier) < _bits(row, frontier)
+        if other is not row and other not in held and other.bytes < row.bytes
+        and _bits(other, frontier) < _bits(row, frontier)
     ]  # fmt: skip
     files = "the one other file" if others == 1 else f"any of the {others} other files"
-    sentence = f"It is not dominated by {files} compared: none is at once {figures}"
+    sentence = f"It is not dominated by {files} compared: "
+    if held:
+        sentence += f"only its memory ({_memory(row, held)}) keeps it from being dominated by "
+        sentence += _listed([_figures(other, frontier.text) for other in held])
+    else:
+        sentence += f"none is at once {figures}{' and takes as little memory' if weighed else ''}"
     if aside:
         named = _listed([_figures(other, frontier.text) for other in aside])
         sentence += (
@@ -119,6 +134,22 @@ def _p(value: float) -> str:
 def _figures(row: Row, text: str) -> str:
     speed = f", {row.tps['mean']:.0f} tokens/s" if row.tps is not None else ""
     return f"{row.name} in {row.type} ({row.bytes / MB:.1f} MB, {row.bits[text]:.3f} bits per byte{speed})"
+
+
+def _memory(row: Row, others: Sequence[Row]) -> str:
+    """200 MB against 240 MB."""
+    sizes = [one.rss / MB for one in (row, *others) if one.rss is not None]
+    own, *theirs = [f"{size:.{0 if min(sizes) >= 100 else 1}f} MB" for size in sizes]
+    return f"{own} against {_listed(theirs)}"
+
+
+def _alike(row: Row, others: Sequence[Row]) -> str:
+    """What is called as good though its figure is worse."""
+    slower = [other for other in others if row.tps and other.tps and other.tps["mean"] < row.tps["mean"]]
+    larger = [other for other in others if (other.rss or 0) > (row.rss or math.inf)]
+    said = ["the rounds show no difference in speed"] * bool(slower)
+    said += [f"memory is alike within {MEMORY_TOLERANCE:.0%}"] * bool(larger)
+    return f" ({'; '.join(said)})" if said else ""
 
 
 def _bits(row: Row, frontier: Frontier) -> float:

@@ -205,6 +205,12 @@ def test_sizes_that_fit_and_sizes_that_do_not() -> None:
     ("flags", "words"),
     [
         ({"prefill": "12x", "until": "often"}, ["--prefill 12x: write whole numbers", "--until often: write a share"]),
+        (
+            {"threads": "--5", "prefill": "²", "decode": "٣", "depth": "-"},
+            ["--threads --5: write whole numbers", "--prefill ²: write", "--decode ٣: write", "--depth -: write"],
+        ),
+        ({"prefill": "9" * 5000}, ["write whole numbers with commas"]),
+        ({"threads": "-5"}, ["--threads -5: write 1 or more"]),
         ({"until": "2%", "repetitions": 3}, ["write one of them"]),
         ({"until": "200%"}, ["--until 2: write a share between 0 and 1"]),
         ({"threads": "0,1", "max_seconds": 0.0}, ["--threads 0: write 1 or more", "--max-seconds 0: write more"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,37 @@ def test_the_words_say_by_what_an_expert_is_dominated() -> None:
     assert not [line for line in said if line.startswith("dense")]
 
 
+def timed(name: str, size: int, loss: float, rounds: list[float], memory: int, kind: str = "dense") -> Point:
+    one = point(name, size, loss, 1.0, kind)
+    return replace(one, decode_tps=Spread.of(rounds), peak_rss_bytes=memory, samples={"decode_tps": rounds})
+
+
+def test_files_that_are_equal_dominate_one_another_by_no_more_than_chance() -> None:
+    chance = np.random.default_rng(1)
+    found = 0
+    for _ in range(200):
+        both = [
+            timed(name, 100, 0.1, chance.normal(100, 4, 5).tolist(), int(chance.integers(1_000_000, 1_003_000)))
+            for name in "ab"
+        ]
+        dominated = [dominating(one, both, "t", "size", "speed", "memory") is not None for one in both]
+        assert not all(dominated)
+        found += any(dominated)
+    assert found / 200 <= 0.08
+
+
+def test_what_noise_hides_is_said() -> None:
+    points = [
+        timed("e", 100, 0.2, [100.0, 130.0, 95.0, 120.0, 101.0], 200_000_000, "expert"),
+        timed("d", 100, 0.1, [108.0, 104.0, 106.0, 109.0, 105.0], 201_000_000),
+    ]
+    assert remark(points[0], points, "t") == "dominated by d"
+    assert remark(points[1], points, "t") == "on the frontier"
+    _, speed, memory = verdicts(points, "t")
+    assert speed.startswith("e is dominated in speed: d has 106.4 tokens/s beside 109.2, no difference that is shown, ")
+    assert memory.startswith("e is dominated in memory: d has 201 MB of memory beside 200, alike within 1%, and ")
+
+
 def test_artifacts_of_all_kinds_are_compared_over_the_same_bytes(
     folder: Path, gguf: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +135,9 @@ def test_speed_and_memory_join(folder: Path, gguf: Path, text: str, tmp_path: Pa
     )
     assert found["text"] == "t"
     assert all(row["decode_tps"]["n"] == 2 and row["peak_rss_bytes"] > 0 for row in found["rows"])
+    for row in found["rows"]:
+        assert np.mean(row["samples"]["decode_tps"]) == pytest.approx(row["decode_tps"]["mean"])
+    assert "speeds differ where the 95 % interval of the ratio of their rounds excludes 1" in found["how"]
 
 
 def test_a_type_that_needs_text_is_left_out_where_there_is_none(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -131,6 +132,29 @@ def test_verdict_does_not_call_noise_speed(tmp_path: Path) -> None:
     assert "decodes slower" in slower
 
 
+def test_the_ratio_is_the_report_s_own_with_its_interval(tmp_path: Path) -> None:
+    drifted = [100.0 + (-1) ** (index // 6) * 3 + index % 2 for index in range(12)]
+    report = make_report(speed=speeds(drifted, [100.0] * 12))
+    kept = report["speed"]["ratios"]["decode_tps"]
+    logs = [math.log(run / 100) for run in drifted]
+    assert kept["of_pairs"] == pytest.approx(math.exp(sum(logs) / 12))
+    assert kept["ci95"][0] < math.exp(mean_interval(logs)[0]) - 0.005  # runs that hang together
+    shown = f"{kept['of_pairs']:.2f}×, 95 % interval {kept['ci95'][0]:.2f} to {kept['ci95'][1]:.2f}, 12 paired runs"
+    for name in ("new", "old"):
+        assert shown in verdicts(read_experts([make_expert(tmp_path / name, report)]))[0][0]
+        for field in ("of_pairs", "pairs", "ci95"):
+            kept.pop(field, None)
+    report = make_report()
+    report["speed"]["ratios"]["decode_tps"] |= {"of_pairs": 1.41, "ci95": [1.31, 1.51]}
+    experts = read_experts([make_expert(tmp_path / "kept", report)])
+    assert "(1.41×, 95 % interval 1.31 to 1.51, 3 paired runs)" in verdicts(experts)[0][0]
+    assert "1.41× [1.31, 1.51]" in render_page([*experts, *experts])
+    del report["speed"]["expert"]["samples"]
+    for field in ("of_pairs", "pairs", "ci95"):
+        del report["speed"]["ratios"]["decode_tps"][field]
+    assert "(1.50×, of 3 runs each" in verdicts(read_experts([make_expert(tmp_path / "oldest", report)]))[0][0]
+
+
 @pytest.mark.parametrize(
     ("right", "said"),
     [
@@ -168,6 +192,68 @@ def test_verdict_beside_the_frontier(tmp_path: Path) -> None:
     other = frontier(False)
     del other["rows"][0]
     assert "does not hold this file" in sentences(tmp_path, frontier=other)[2]
+
+
+def weighed(*megabytes: int, dominated: bool = False) -> dict[str, Any]:
+    """The frontier in which the dense file in four bits is better in all but memory."""
+    found = frontier(dominated)
+    found["rows"][1]["bits_per_byte"] = {"scenario": 0.91}
+    for row, size in zip(found["rows"], megabytes, strict=True):
+        row["peak_rss_bytes"] = size * 10**6
+    return found
+
+
+def test_verdict_names_memory_where_it_alone_saves_the_expert(tmp_path: Path) -> None:
+    *_, saved = sentences(tmp_path, frontier=weighed(200, 240, 150))
+    assert saved == (
+        "It is not dominated by any of the 2 other files compared: only its memory (200 MB against 240 MB) keeps it "
+        "from being dominated by dense q4 in gguf q4_0 (91.0 MB, 0.910 bits per byte, 160 tokens/s)."
+    )
+    slower = weighed(200, 240, 150)
+    slower["rows"][1]["decode_tps"] = {"mean": 90.0, "sd": 1.0, "n": 3}
+    assert sentences(tmp_path, frontier=slower)[2] == (
+        "It is not dominated by any of the 2 other files compared: none is at once as small, as fast and as good on "
+        "scenario and takes as little memory, though dense q4 in gguf q4_0 (91.0 MB, 0.910 bits per byte, 90 tokens/s) "
+        "is smaller and loses less."
+    )
+    beaten = weighed(200, 190, 150, dominated=True)
+    assert "as fast and as good on scenario, and takes as little memory." in sentences(tmp_path, frontier=beaten)[2]
+    unexplained = weighed(200, 240, 150, dominated=True)
+    unexplained["rows"][0]["remark"] = "dominated by dense q4"
+    assert sentences(tmp_path, frontier=unexplained)[2] == "On these figures do not ship it: dominated by dense q4."
+
+
+def test_noise_dominates_no_expert(tmp_path: Path) -> None:
+    """Expert and dense file of one size and one loss: the dense one is faster in both means, in the second truly."""
+    steady, sizes = [108.0, 112.0, 110.0, 109.0, 111.0], (100_000_000, 100_000_000)
+    for name, expert, slower in (("noisy", [100.0, 130.0, 95.0, 120.0, 101.0], False), ("slow", [100.0] * 5, True)):
+        report = make_report(quality=qualities(0.9, 0.9), speed=speeds(expert, steady, sizes))
+        folders = [make_expert(tmp_path / name / each, report) for each in "ab"]
+        ((found, _),) = own_frontiers(read_experts(folders))
+        assert [found.dominated(row) for row in found.rows] == [slower, slower, False]
+        assert "round by round" in found.how
+
+
+def test_a_dominated_expert_s_better_means_are_called_noise(tmp_path: Path) -> None:
+    beaten = weighed(200, 201, 150, dominated=True)
+    for row, mean, runs in zip(
+        beaten["rows"], (111, 110, 50), ([100, 130, 103], [108, 112, 110], [50] * 3), strict=True
+    ):
+        row |= {"decode_tps": {"mean": mean, "sd": 9.0, "n": 3}, "samples": {"decode_tps": runs}}
+    shipping = sentences(tmp_path, frontier=beaten)[2]
+    assert shipping == (
+        "On these figures do not ship it: dense q4 in gguf q4_0 (91.0 MB, 0.910 bits per byte, 110 tokens/s) is at "
+        "least as small, as fast and as good on scenario, and takes as little memory (the rounds show no difference in "
+        "speed; memory is alike within 1%)."
+    )
+    beaten["how"] = "speeds differ where they differ"
+    (path,) = write_pages(make_expert(tmp_path / "how", make_report(frontier=beaten)))
+    assert "Speeds differ where they differ." in path.read_text()
+    assert "noise and all" not in path.read_text()
+    old = weighed(200, 201, 150)  # when memory was compared to the byte
+    (path,) = write_pages(make_expert(tmp_path / "old", make_report(frontier=old)))
+    assert "Speeds and memory were compared as they are, noise and all." in path.read_text()
+    assert "only its memory (200 MB against 201 MB) keeps it" in sentences(tmp_path, frontier=old)[2]
 
 
 def test_frontier_is_drawn_with_its_table(tmp_path: Path) -> None:
@@ -211,6 +297,27 @@ def test_many_experts_share_a_page_and_a_frontier_of_the_same_text(tmp_path: Pat
     assert "not dominated by any of the 2 other files" in told[0][2]
     assert "no dense file as small" in told[0][2]
     assert "Whether to ship it is open" in told[2][2]
+
+
+def test_experts_of_other_base_models_share_no_frontier(tmp_path: Path) -> None:
+    """Their windows hold other bytes, though as many tokens."""
+
+    def shared(*bases: dict[str, str] | None) -> int:
+        folders = [make_expert(tmp_path / f"{number}") for number in range(len(bases))]
+        for folder, base in zip(folders, bases, strict=True):
+            card = json.loads((folder / "expert.json").read_text())
+            card["base"] |= base or {}
+            (folder / "expert.json").write_text(json.dumps(card))
+            if base is None:
+                (folder / "expert.json").unlink()
+        return len(own_frontiers(read_experts(folders)))
+
+    assert shared({"sha256": "1" * 64}, {"sha256": "1" * 64}) == 1
+    assert shared({"sha256": "1" * 64}, {"sha256": "1" * 64, "id": "a/copy"}) == 1
+    assert shared({"sha256": "1" * 64}, {"sha256": "2" * 64}) == 0
+    assert shared({}, {}) == 1
+    assert shared({}, {"id": "org/other"}) == 0
+    assert shared(None, None) == 0
 
 
 def test_every_type_of_an_expert_is_shown(tmp_path: Path) -> None:
@@ -264,6 +371,41 @@ def test_what_is_no_report_is_refused_in_one_message(tmp_path: Path, one: Path) 
     (lacking / "report" / "report.json").write_text(json.dumps(not_finite))
     with pytest.raises(InvalidRequest, match=r"speed\.expert\.decode_tps\.mean"):
         read_experts([lacking])
+
+
+SOLVED = {"figure": "file_bytes", "wish": None, "predicted": 90_000_000, "measured": 91_000_000, "error": -0.011}
+
+
+@pytest.mark.parametrize(
+    ("solved", "budget", "said"),
+    [
+        (5, None, "solved: Input should be a valid list"),
+        ([5], None, r"solved\.0: "),
+        ([{**SOLVED, "figure": "colour"}], None, r"solved\.0\.figure: "),
+        ([{**SOLVED, "predicted": "many"}], None, r"solved\.0\.predicted: "),
+        ([{**SOLVED, "measured": "91"}], None, r"solved\.0\.measured: "),
+        ([{name: SOLVED[name] for name in ("figure", "wish", "predicted", "measured")}], None, r"solved\.0\.error: "),
+        ([], {"sizes": 1}, r"method\.budget\.sizes: "),
+        ([], {"size": "60MB"}, r"method\.budget\.size: "),
+        ([], {"tps": float("inf")}, r"method\.budget\.tps: "),
+        ([], 5, r"method\.budget: "),
+    ],
+)
+def test_a_damaged_solution_is_told_by_its_place(tmp_path: Path, solved: Any, budget: Any, said: str) -> None:
+    folder = make_expert(tmp_path / "e")
+    path = folder / "report" / "report.json"
+    report = json.loads(path.read_text())
+    path.write_text(json.dumps({**report, "solved": solved, "method": {**report["method"], "budget": budget}}))
+    with pytest.raises(InvalidRequest, match=rf"report\.json is damaged \({said}"):
+        read_experts([folder])
+
+
+def test_what_was_solved_is_shown(tmp_path: Path) -> None:
+    budget = {"size": 91_000_000, "speedup": 1.5}
+    report = make_report(method={"name": "refit", "budget": budget, "solved": {"file_bytes": 90_000_000}})
+    page = write_pages(make_expert(tmp_path / "e", report))[0].read_text()
+    assert "--size 91MB --speedup 1.5" in page
+    assert "file, MB" in page
 
 
 def test_out_is_an_html_file(tmp_path: Path, one: Path) -> None:
