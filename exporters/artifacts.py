@@ -68,14 +68,12 @@ class Artifacts:
             )  # fmt: skip
             return export.prediction.bytes
         from cusprun.exporters.onnx import OnnxExport
-        from cusprun.exporters.onnx_folder import TOKENIZER
 
         planned = OnnxExport(folder, quant, name=self.prepared.name, **self._onnx_settings())
         if exact:
             with tempfile.TemporaryDirectory(prefix="cusprun-size-") as scratch:
                 return planned.write(Path(scratch) / quant).bytes
-        beside = sum((folder / name).stat().st_size for name in TOKENIZER if (folder / name).is_file())
-        return planned.prediction.bytes + beside
+        return planned.prediction.bytes
 
     def rounding_proof(self, quant: str) -> Proof:
         """How far the dense model in one type is from itself, on calibration-side text that is set aside."""

@@ -18,7 +18,7 @@ from cusprun.checkpoint import Weights
 from cusprun.errors import Failed, InvalidRequest
 from cusprun.exporters.compensation import Compensated
 from cusprun.exporters.grids import Grid, find_grid
-from cusprun.exporters.onnx_folder import DATA, GRAPH, write_beside
+from cusprun.exporters.onnx_folder import DATA, GRAPH, tokenizer_files, write_beside
 from cusprun.exporters.onnx_graph import Decoder, Tables, build_model
 from cusprun.exporters.onnx_matrices import Blocks, Dynamic, Float, Multiplies, Source
 from cusprun.files import folder_written_whole, sha256_tree
@@ -31,7 +31,7 @@ SMALL = 1024  # bytes up to which a constant stays in the graph
 
 @dataclass(frozen=True)
 class OnnxPrediction:
-    """What a folder will be: ``bytes`` are those of the weights; graph and tokenizer come on top."""
+    """What a folder will be: ``bytes`` are those of weights and tokenizer; the graph comes on top."""
 
     quant: str
     bytes: int
@@ -46,7 +46,7 @@ class OnnxPrediction:
     def as_lines(self) -> list[str]:
         """What `cusprun-edge export --dry-run` prints."""
         told = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in self.settings.items())
-        size = f"{self.bytes} bytes ({self.bytes / 2**20:.1f} MiB) of weights"
+        size = f"{self.bytes} bytes ({self.bytes / 2**20:.1f} MiB) of weights and tokenizer"
         return [f"{self.quant}  {size}  ONNX, context {self.context}" + (f", {told}" if told else "")]
 
 
@@ -122,6 +122,7 @@ class OnnxExport:
         """What the folder will be."""
         tensors = [value.const_value for value in self._model.graph.initializers.values()]
         size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        size += sum(file.stat().st_size for file in tokenizer_files(self.model_dir))
         return OnnxPrediction(self.quant, size, self.anatomy.parameters, self.positions, self.settings)
 
     @property

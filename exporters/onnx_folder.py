@@ -27,11 +27,15 @@ TOKENIZER = (
 )
 
 
+def tokenizer_files(model_dir: Path) -> list[Path]:
+    """The files of the model folder ``model_dir`` that an ONNX folder holds as they are."""
+    return [model_dir / name for name in TOKENIZER if (model_dir / name).is_file()]
+
+
 def write_beside(model_dir: Path, folder: Path, anatomy: Anatomy, context: int, name: str, quant: str) -> None:
     """Writes everything of the ONNX ``folder`` but the graph, from the model folder ``model_dir``."""
-    for file in TOKENIZER:
-        if (model_dir / file).is_file():
-            shutil.copyfile(model_dir / file, folder / file)
+    for file in tokenizer_files(model_dir):
+        shutil.copyfile(file, folder / file.name)
     write_json(folder / GENAI_CONFIG, genai_config(model_dir, anatomy, context))
     write_json(folder / "cusprun.json", {"name": name, "quant": quant})
     shutil.copyfile(Path(__file__).with_name("onnx_runner.py"), folder / "run.py")

@@ -76,6 +76,11 @@ class Repeatability:
             slowdowns=[options.slowdown, 0.0] if what == "slowed" else None,
             kept=cache_folder() / "bench" / what,
         )  # fmt: skip
+        if rows[0].rounds < 2:
+            raise InvalidRequest(
+                f"one round took longer than --max-seconds {options.max_seconds:g}, and an interval needs two: "
+                "write more seconds"
+            )
         figures = {test.test: test.tps.__dict__ for test in rows[0].tests}
         return {
             "rounds": rows[0].rounds,

@@ -44,7 +44,7 @@ def test_a_study_goes_on_and_finds_a_large_slowdown(
     monkeypatch.setenv("CUSPRUN_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "found"
     arguments = [str(gguf), "--pairs", "1", "--slowdown", "9", "--prefill", "256", "--decode", "64", "--threads", "1",
-                 "--max-seconds", "1.2", "--out", str(out)]  # fmt: skip
+                 "--until", "0.9", "--max-seconds", "60", "--out", str(out)]  # fmt: skip
     repeatability.main(arguments)
     kept = json.loads(out.with_suffix(".json").read_text())
     slowed = kept["pairs"][0].pop("slowed")
@@ -56,6 +56,14 @@ def test_a_study_goes_on_and_finds_a_large_slowdown(
     assert again["pairs"][0]["first"] == kept["pairs"][0]["first"]
     assert again["pairs"][0]["slowed"]["measured_at"] >= slowed["measured_at"]
     assert again["pairs"][0]["slowed"]["samples_s"] != slowed["samples_s"]
+
+
+def test_one_round_tells_no_interval(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUSPRUN_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "found"
+    with pytest.raises(SystemExit, match="one round took longer than --max-seconds 0.001.*write more seconds"):
+        repeatability.main([str(gguf), "--prefill", "8", "--decode", "8", "--max-seconds", "0.001", "--out", str(out)])
+    assert not list(tmp_path.glob("found*"))
 
 
 def test_options_that_make_no_sense(gguf: Path, capsys: pytest.CaptureFixture[str]) -> None:
