@@ -61,7 +61,7 @@ def test_a_study_goes_on_and_finds_a_large_slowdown(
 def test_one_round_tells_no_interval(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUSPRUN_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "found"
-    with pytest.raises(SystemExit, match="one round took longer than --max-seconds 0.001.*write more seconds"):
+    with pytest.raises(SystemExit, match=r"one round took longer than --max-seconds 0\.001.*write more seconds"):
         repeatability.main([str(gguf), "--prefill", "8", "--decode", "8", "--max-seconds", "0.001", "--out", str(out)])
     assert not list(tmp_path.glob("found*"))
 
