@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from cusprun.preflight import model_name
 from cusprun.quants import TYPES, is_weighed
 from cusprun.recipe import ROUNDING_STRIDE
 from cusprun.stages import VERSIONS
+
+if TYPE_CHECKING:
+    from cusprun.exporters.gguf import GgufExport
 
 
 def sample_windows(path: Path) -> dict[str, np.ndarray]:
@@ -64,9 +67,20 @@ class DenseArtifacts:
         rounding = rounding_of(quant, self.wish, zero_points=not symmetric)
         return (self._gguf if format_of(quant) == "gguf" else self._onnx)(quant, rounding)
 
-    def _gguf(self, quant: str, rounding: Rounding) -> Path:
+    def gguf_bytes(self, quant: str) -> int:
+        """Bytes of the .gguf file in one type, told before there is one; the text it is rounded on need not exist."""
+        return self._export(quant, rounding_of(quant, self.wish, zero_points=False)).prediction.bytes
+
+    def _export(self, quant: str, rounding: Rounding) -> GgufExport:
         from cusprun.exporters.gguf import GgufExport
 
+        overrides = [] if TYPES[quant].plain else self.overrides
+        weighed = rounding != "nearest" and is_weighed(quant)
+        return GgufExport(
+            self.dense.folder, quant, name=model_name(self.dense.id), overrides=overrides, weighed=weighed
+        )  # fmt: skip
+
+    def _gguf(self, quant: str, rounding: Rounding) -> Path:
         label = model_name(self.dense.id)
         folder = cache_folder() / "dense-gguf" / f"{self.dense.key[:16]}-{VERSIONS['gguf']}"
         overrides = [] if TYPES[quant].plain else self.overrides
@@ -79,7 +93,7 @@ class DenseArtifacts:
         if not path.is_file():
             if matrix is not None and not matrix.is_file():
                 take_imatrix(self.dense.folder, self.windows, matrix, self.device)
-            export = GgufExport(self.dense.folder, quant, name=label, overrides=overrides, weighed=weighed)
+            export = self._export(quant, rounding)
             export.write(path, matrix, compensated=self._rounded.for_export(rounding, export))
         return path
 

@@ -47,8 +47,8 @@ class Frontier(Builds):
         self.kept: Path = options.work / "frontier-files" / key
 
     def wishes(self) -> list[Wish]:
-        """All experts, the solved ones first: the dense q4_0 file has to be there."""
-        size = cost(self.dense().artifact("q4_0")).file_bytes
+        """All experts, the solved ones first."""
+        size = self.dense().gguf_bytes("q4_0")
         return [*({"size": int(share * size)} for share in SHARES), *RATIOS]
 
     def experts(self, wish: Wish) -> list[Candidate]:
@@ -67,10 +67,9 @@ class Frontier(Builds):
         ]
 
     def dense(self) -> DenseArtifacts:
-        """The dense model, rounded on the scenario's text once there is a build of it."""
+        """The dense model, rounded on the scenario's text; its files need a build before them, their sizes do not."""
         windows = self.out / ".stages" / "windows.safetensors"
-        wish = "auto" if windows.is_file() else "nearest"
-        return DenseArtifacts(find_dense(self.options.model), windows, self.out, wish=wish)  # type: ignore[arg-type]
+        return DenseArtifacts(find_dense(self.options.model), windows, self.out, wish="auto")
 
 
 def label(wish: Wish, card: dict[str, Any]) -> str:
