@@ -228,10 +228,11 @@ def verdicts(points: Sequence[Point], text: str) -> list[str]:
             if other is None:
                 said.append(f"{point.name}: nothing here that {words} loses as little on {text}.")
             else:
+                theirs, own = percent(other.increase[text]), percent(point.increase[text])
                 said.append(
                     f"{point.name} is dominated in {axis}: {other.name} has {_beside(other, point, axis, text)}, and "
-                    f"its bits per byte on {text} are {percent(other.increase[text])} over the reference's, not "
-                    f"{percent(point.increase[text])}."
+                    f"its bits per byte on {text} are {theirs} over the reference's"
+                    + (f", not {own}." if theirs != own else ", as here.")
                 )
     return said
 
@@ -239,7 +240,8 @@ def verdicts(points: Sequence[Point], text: str) -> list[str]:
 def _beside(other: Point, point: Point, axis: str, text: str) -> str:
     alike = advantage(other.figures(text), point.figures(text), axis) == 0
     if axis == SIZE:
-        return f"{other.file_bytes / 1e6:.1f} MB instead of {point.file_bytes / 1e6:.1f}"
+        sizes = [f"{size / 1e6:.1f}" for size in (other.file_bytes, point.file_bytes)]
+        return f"{sizes[0]} MB instead of {sizes[1]}" if sizes[0] != sizes[1] else f"{sizes[0]} MB too"
     if axis == MEMORY:
         assert other.peak_rss_bytes is not None
         assert point.peak_rss_bytes is not None

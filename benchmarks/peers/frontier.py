@@ -36,6 +36,7 @@ RATIOS: tuple[Wish, ...] = tuple(
     {"ratio": ratio, "vocab": vocab, "quant": TYPES} for ratio in (0.25, 0.5, 0.125, 0.33) for vocab in ("auto", "keep")
 )
 SHARES = (1.0, 0.85, 0.7, 0.55, 0.4)  # of the dense model's q4_0 file, that experts are solved for
+FINER = "q4_k_m"  # its dense file is larger than that: solved for the whole size too, so that something has to go
 
 
 class Frontier(Builds):
@@ -49,7 +50,7 @@ class Frontier(Builds):
     def wishes(self) -> list[Wish]:
         """All experts, the solved ones first."""
         size = self.dense().gguf_bytes("q4_0")
-        return [*({"size": int(share * size)} for share in SHARES), *RATIOS]
+        return [*({"size": int(share * size)} for share in SHARES), {"size": size, "quant": FINER}, *RATIOS]
 
     def experts(self, wish: Wish) -> list[Candidate]:
         """The files of one expert, built where they are not kept."""
@@ -117,8 +118,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
     for (kind, points), marker in zip(kinds.items(), "so^", strict=True):
         if points:
             axis.plot([x for x, _, _ in points], [y for _, y, _ in points], marker, label=kind, linestyle="none")
-    for x, y, quant in kinds["dense"]:
-        axis.annotate(quant, (x, y), (4, 4), textcoords="offset points", fontsize=8)
+    for turn, (x, y, quant) in enumerate(sorted(kinds["dense"])):  # in turn above and below: neighbours stay legible
+        axis.annotate(quant, (x, y), (4, 5 if turn % 2 else -11), textcoords="offset points", fontsize=8)
     axis.set_xlabel("file, MB")
     axis.set_ylabel(f"bits per byte, {text}")
     axis.grid(alpha=0.3)

@@ -49,11 +49,11 @@ def test_who_dominates_is_who_is_no_worse_in_both_and_better_in_one() -> None:
 
 def test_the_words_say_by_what_an_expert_is_dominated() -> None:
     points = [
-        point("dense q8_0", 100, 0.0, 50),
-        point("dense q4_0", 60, 0.05, 70),
-        point("expert q8_0", 75, 0.10, 90, "expert"),
-        point("expert q4_0", 45, 0.12, 95, "expert"),
-        point("bad", 101, 0.2, 10, "expert"),
+        point("dense q8_0", 100_000_000, 0.0, 50),
+        point("dense q4_0", 60_000_000, 0.05, 70),
+        point("expert q8_0", 75_000_000, 0.10, 90, "expert"),
+        point("expert q4_0", 45_000_000, 0.12, 95, "expert"),
+        point("bad", 101_000_000, 0.2, 10, "expert"),
     ]
     assert [remark(one, points, "t") for one in points] == [
         "on the frontier",
@@ -64,12 +64,21 @@ def test_the_words_say_by_what_an_expert_is_dominated() -> None:
     ]
     said = verdicts(points, "t")
     assert len(said) == 9
-    assert said[0].startswith(
-        "expert q8_0 is dominated in size: dense q4_0 has 0.0 MB instead of 0.0, and its bits per"
+    assert said[0] == (
+        "expert q8_0 is dominated in size: dense q4_0 has 60.0 MB instead of 75.0, and its bits per byte on t are "
+        "+5.0 % over the reference's, not +10.0 %."
     )
     assert "expert q8_0: nothing here that is no slower loses as little on t." in said
     assert "expert q4_0: nothing here that takes no more memory loses as little on t." in said
     assert not [line for line in said if line.startswith("dense")]
+
+
+def test_figures_that_are_printed_alike_are_not_set_against_each_other() -> None:
+    points = [point("d", 91_700_000, 0.02), point("e", 91_730_000, 0.0201, kind="expert")]
+    assert verdicts(points, "t") == [
+        "e is dominated in size: d has 91.7 MB too, and "
+        "its bits per byte on t are +2.0 % over the reference's, as here."
+    ]
 
 
 def timed(name: str, size: int, loss: float, rounds: list[float], memory: int, kind: str = "dense") -> Point:
