@@ -2,6 +2,7 @@
 
 Nothing is translated word by word: the model's template is rendered on probe conversations, and the kind of turns that
 gives the same text on each of them is written in Go. A template that is none of these kinds has no Modelfile.
+Ollama's templates know no date: one that asks for it is told :data:`~cusprun.runtimes.chat_template.DAY`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from cusprun.errors import Failed
 from cusprun.runtimes import Message
-from cusprun.runtimes.chat_template import render_chat
+from cusprun.runtimes.chat_template import DAY, on_the_same_day, render_chat
 
 MODELFILE = "Modelfile"
 LONGEST_CONTEXT = 8192  # tokens that a laptop keeps unless it is told otherwise
@@ -32,7 +33,7 @@ class Turns:
     system: tuple[str, str]  # around a turn of its own, or within a turn of the user's
     within: str | None = None  # "first" or "last" turn of the user's that the system's content stands in
     again: str = ""  # before every turn of the user's but the first
-    default: str | None = None  # system's content where a conversation has none
+    default: str | None = None  # system's content where a conversation has none; "" where its turn is written even so
 
     def render(self, messages: Sequence[Message]) -> str:
         """The conversation, as the Go template writes it."""
@@ -65,10 +66,15 @@ class Turns:
             else ""
         )
         again = f"{{{{ if $asked }}}}{self.again}{{{{ end }}}}{{{{ $asked = true }}}}" if self.again else ""
+        always = (
+            f'{{{{ if and (eq $i 0) (ne $m.Role "system") }}}}{system}{after_system}{{{{ end }}}}'
+            if self.default == ""
+            else ""
+        )
         return (
             ('{{ $system := "" }}' if self.within else "")
             + ("{{ $asked := false }}" if self.again else "")
-            + f'{{{{ range $i, $m := .Messages }}}}{{{{ if eq $m.Role "system" }}}}{own}'
+            + f'{{{{ range $i, $m := .Messages }}}}{always}{{{{ if eq $m.Role "system" }}}}{own}'
             + f'{{{{ else if eq $m.Role "user" }}}}{again}{user}{inside}{{{{ $m.Content }}}}{after_user}'
             + f'{{{{ else if eq $m.Role "assistant" }}}}{answer}{{{{ $m.Content }}}}{after_answer}{{{{ end }}}}'
             + f"{{{{ end }}}}{self.ask}"
@@ -81,12 +87,15 @@ def _roles(kind: str, before: str, after: str, ask: str, stop: str) -> Turns:
     return Turns(kind, user, assistant, ask, (stop,), system)
 
 
+_LLAMA_3 = _roles("Llama 3", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>",
+                  "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>")  # fmt: skip
+_KNOWLEDGE = f"Cutting Knowledge Date: December 2023\nToday Date: {DAY}\n\n"
 _INST = Turns("Llama 2", ("[INST] ", " [/INST]"), (" ", " </s>"), "", ("[INST]", "[/INST]"),
               ("<<SYS>>\n", "\n<</SYS>>\n\n"), "first", "<s>")  # fmt: skip
 KINDS = (
     _roles("ChatML", "<|im_start|>{}\n", "<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>"),
-    _roles("Llama 3", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>",
-           "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),
+    _LLAMA_3,
+    replace(_LLAMA_3, kind="Llama 3.1", system=(_LLAMA_3.system[0] + _KNOWLEDGE, "<|eot_id|>"), default=""),
     _roles("Phi-3", "<|{}|>\n", "<|end|>\n", "<|assistant|>\n", "<|end|>"),
     _roles("Zephyr", "<|{}|>\n", "</s>\n", "<|assistant|>\n", "</s>"),
     Turns("Gemma", ("<start_of_turn>user\n", "<end_of_turn>\n"), ("<start_of_turn>model\n", "<end_of_turn>\n"),
@@ -111,7 +120,7 @@ def find_turns(template: str, *, bos: str, eos: str, adds_bos: bool) -> Turns | 
     said: dict[tuple[Message, ...], str] = {}
     for probe in PROBES:
         try:
-            text = render_chat(template, probe, bos=bos, eos=eos)
+            text = render_chat(on_the_same_day(template), probe, bos=bos, eos=eos)
         except Failed:
             if probe[0].role == "user":
                 return None  # else: it takes no system's turn

@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 from cusprun.errors import Failed
 from cusprun.runtimes import Message
 
+DAY = "26 Jul 2024"  # what the templates of Llama 3.1 and 3.2 fall back to where they cannot ask for the date
+
 
 def render_chat(template: str, messages: Sequence[Message], *, bos: str = "", eos: str = "") -> str:
     """The conversation as ``template`` writes it, with the start of the assistant's turn.
@@ -46,6 +48,11 @@ def _compile(template: str) -> Any:
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(template)
+
+
+def on_the_same_day(template: str) -> str:
+    """The template, for which it is always :data:`DAY`: what is made of it once must not tell the date it was made."""
+    return f"{{% macro strftime_now(form) %}}{DAY}{{% endmacro %}}" + template
 
 
 def join_turns(messages: Sequence[Message]) -> str:

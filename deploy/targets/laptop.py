@@ -9,6 +9,7 @@ from cusprun.deploy.expert import Artifact, Expert
 from cusprun.deploy.files import Files
 from cusprun.deploy.ollama import LONGEST_CONTEXT, MODELFILE, Turns, find_turns, read_sampling, write_modelfile
 from cusprun.deploy.targets import PER_LAYER, Notes, Wish
+from cusprun.runtimes.chat_template import DAY
 from cusprun.runtimes.gguf_header import GgufInfo, load_metadata
 
 UNIX = """#!/bin/sh
@@ -41,6 +42,7 @@ OLLAMA = """With Ollama:
     ollama run {name}"""
 NOT_OLLAMA = """This file has layers of different widths (architecture `{arch}`), which Ollama is not known to open:
 where it fails, use llama.cpp, or ask the maker for a bundle made with `--layout uniform`."""
+OLD_DAY = f"""Ollama's templates know no date: there the model is told that it is {DAY}, what its own template falls back to."""
 NO_MODELFILE = """There is no Modelfile for Ollama: the model's chat template is of no kind that is known in Ollama's
 form. llama.cpp takes the one inside the file."""
 CUSPRUN = """With cusprun:
@@ -72,6 +74,7 @@ def _gguf(expert: Expert, artifact: Artifact, files: Files) -> Notes:
         parts.append(NO_MODELFILE)
     else:
         parts.append(OLLAMA.format(name=expert.name.lower()))
+        parts += [OLD_DAY] if DAY in turns.system[0] else []
         parts += [NOT_OLLAMA.format(arch=info.architecture)] if per_layer else []
     parts.append(CUSPRUN)
     needs = [f"llama.cpp that knows the architecture `{info.architecture}`" if per_layer else "llama.cpp, or what is "

@@ -1,7 +1,4 @@
-"""What a chat template puts around one question, for runtimes that have no Jinja.
-
-Nothing of it depends on the day: a template that asks for the date is told the one that Llama's falls back to.
-"""
+"""What a chat template puts around one question, for runtimes that have no Jinja. Nothing of it depends on the day."""
 
 from __future__ import annotations
 
@@ -10,10 +7,9 @@ from pathlib import Path
 
 from cusprun.errors import InvalidRequest
 from cusprun.runtimes import Message
-from cusprun.runtimes.chat_template import join_turns, render_chat
+from cusprun.runtimes.chat_template import join_turns, on_the_same_day, render_chat
 
 MARK = "Question 7f3a9c"  # letters that no template changes or holds
-DATE = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"
 
 
 @dataclass(frozen=True)
@@ -33,7 +29,7 @@ def prompt_around_a_question(model: Path) -> Prompt:
         text = join_turns(asked)
     else:
         special = {"bos": tokenizer.bos_token or "", "eos": tokenizer.eos_token or ""}
-        text = render_chat(DATE + tokenizer.chat_template, asked, **special)
+        text = render_chat(on_the_same_day(tokenizer.chat_template), asked, **special)
     before, mark, after = text.partition(MARK)
     if not mark or MARK in after:
         raise InvalidRequest(f"{model}: its chat template does not write a question once: ship the GGUF alone")

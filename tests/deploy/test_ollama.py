@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from cusprun.deploy.files import Files
 from cusprun.deploy.ollama import KINDS, Turns, find_turns, read_sampling, write_modelfile
+from cusprun.deploy.targets import Wish
+from cusprun.deploy.targets.laptop import gather
+from cusprun.exporters.gguf import export_gguf
 from cusprun.runtimes import Message
+from cusprun.runtimes.chat_template import DAY
 from tests import pico
+from tests.deploy.bundles_made import make_expert, write_files
+from tests.exporters.models import make
 
 RAISE = "{{ raise_exception('no') }}"
 ALTERNATE = f"{{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}}{RAISE}{{% endif %}}"
@@ -28,6 +36,19 @@ TEMPLATES = {
         "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}"
         "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+        "<|begin_of_text|>",
+    ),
+    "Llama 3.1": (  # and 3.2
+        "{{- bos_token }}\n{%- if not date_string is defined %}\n    {%- if strftime_now is defined %}\n"
+        "        {%- set date_string = strftime_now(\"%d %b %Y\") %}\n    {%- else %}\n"
+        "        {%- set date_string = \"26 Jul 2024\" %}\n    {%- endif %}\n{%- endif %}\n"
+        "{%- if messages[0]['role'] == 'system' %}\n    {%- set system_message = messages[0]['content']|trim %}\n"
+        "    {%- set messages = messages[1:] %}\n{%- else %}\n    {%- set system_message = \"\" %}\n{%- endif %}\n\n"
+        '{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}\n{{- "Cutting Knowledge Date: December 2023\\n" }}\n'
+        '{{- "Today Date: " + date_string + "\\n\\n" }}\n{{- system_message }}\n{{- "<|eot_id|>" }}\n\n'
+        "{%- for message in messages %}\n    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ "
+        "message['content'] | trim + '<|eot_id|>' }}\n{%- endfor %}\n{%- if add_generation_prompt %}\n"
+        "    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}\n{%- endif %}\n",
         "<|begin_of_text|>",
     ),
     "Llama 2": (
@@ -114,6 +135,8 @@ def run_go(template: str, messages: list[Message]) -> str:
             return text == "true"
         if found := re.fullmatch(r"eq (\S+) (\"\w+\")", text):
             return value(found[1]) == value(found[2])
+        if found := re.fullmatch(r"and \(eq \$i 0\) \(ne (\S+) (\"\w+\")\)", text):
+            return variables["$i"] == 0 and value(found[1]) != value(found[2])
         if found := re.fullmatch(r"and (\$\w+) \(eq \(len \(slice \$\.Messages \$i\)\) 1\)", text):
             return value(found[1]) and len(messages[int(str(variables["$i"])) :]) == 1
         raise AssertionError(f"not known: {text}")
@@ -239,7 +262,7 @@ def test_the_go_template_writes_what_the_models_own_does(tokenizer, name: str) -
         conversation = [{"role": message.role, "content": message.content} for message in talk]
         try:
             wanted = tokenizer.apply_chat_template(
-                conversation, chat_template=template, add_generation_prompt=True, tokenize=False
+                conversation, chat_template=template, add_generation_prompt=True, tokenize=False, date_string=DAY
             )
         except Exception:  # a system's turn is refused by some
             assert talk[0] is SYSTEM
@@ -296,3 +319,16 @@ def test_stop_words_and_parameters(tmp_path: Path) -> None:
     assert dict(rows)["system"].startswith("You are a helpful AI assistant")
     (tmp_path / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6}')
     assert read_sampling(tmp_path) == {"temperature": 0}
+
+
+def test_a_template_that_asks_for_the_date_is_told_one_and_the_receiver_knows(tmp_path: Path) -> None:
+    model, gguf = tmp_path / "model", tmp_path / "pico.gguf"
+    make(model)
+    (model / "chat_template.jinja").write_text(TEMPLATES["Llama 3.1"][0].replace("{{- bos_token }}", ""))
+    export_gguf(model, gguf, "q8_0")
+    files = Files()
+    notes = gather(replace(make_expert(tmp_path, gguf=gguf), model=model), files, Wish())
+    shipped = write_files(files, tmp_path / "bundle")
+    said = run_go(dict(parse_modelfile((shipped / "Modelfile").read_text()))["template"], TALK[:1])
+    assert f"Today Date: {DAY}\n" in said
+    assert f"the model is told that it is {DAY}" in notes.start
