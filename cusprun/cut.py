@@ -275,6 +275,7 @@ class Cut:
         recipe = self.recipe
         criterion = find_criterion(WIDTHS_OF[recipe.cuts_by] if recipe.method == "refit" else recipe.method)
         stride = WIDTHS_STRIDE if recipe.method == "refit" else 1
+        combine = recipe.combined if recipe.method != "refit" else recipe.combine or "intersection"
         statistics_path = self.stages.folder / "statistics"
 
         def take() -> None:
@@ -288,7 +289,8 @@ class Cut:
         def plan() -> dict[str, Any]:
             seen = load_statistics(statistics_path)
             weights = Weights(base.folder)
-            scores = score_layers(weights, base.anatomy, seen, criterion, recipe.combine or "intersection")
+            tokens = {name: float(ids.size) for name, ids in read_windows(base.windows).items()}
+            scores = score_layers(weights, base.anatomy, seen, criterion, combine, tokens)
             if recipe.epsilon is not None:
                 plan = plan_epsilon(base.anatomy, scores, recipe.epsilon, align=self.align, layout=self.limits.layout)
             else:
@@ -297,12 +299,13 @@ class Cut:
                     align=self.align, layout=self.limits.layout,
                 )  # fmt: skip
             if criterion.compensates and recipe.method != "refit":
-                plan = bias_compensation(base.folder, plan, seen, self.refitted_path)
+                plan = bias_compensation(base.folder, plan, seen, self.refitted_path, tokens)
             return plan.to_json()
 
         needs = [*sorted(criterion.needs), str(stride)]
         seen = self.stages.step("statistics", [base.key, recipe.device, *needs], [statistics_path], take)
-        fields = recipe.key("combine", "ratio", "epsilon") + self.limits.key()
+        weighed = "by tokens" if combine == "mixture" or criterion.compensates else ""
+        fields = f"{recipe.key('ratio', 'epsilon')}{self.limits.key()}/{combine} {weighed}"
         outputs = [self.refitted_path] if criterion.compensates else []
         return self.stages.step("plan", [seen["key"], key, fields, criterion.name, str(self.align)], outputs, plan)
 

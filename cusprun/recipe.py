@@ -38,6 +38,7 @@ Method = Literal[
 BUDGET = ("size", "ram", "speedup", "tps")
 # Types that a budget is solved in where none is named; of those of one size the first is tried.
 SOLVED_IN = {"gguf": ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_nl", "q4_0"), "onnx": ("int8", "int4")}
+ONE_CORPUS = ("refit", "llm-pruner", "llm-pruner-vector", "llm-pruner-element2", "llm-pruner-mix", "flap", "wanda-sp")
 WHOLE_MODEL = ("slicegpt", "shortgpt")  # methods that score no neurons: no ε, no combination, no choice of widths
 
 
@@ -206,8 +207,8 @@ class Recipe(BaseModel):
 
     @property
     def combined(self) -> Literal["intersection", "mixture", "max"]:
-        """How the dimensions combine."""
-        return self.combine or ("mixture" if self.method == "refit" else "intersection")
+        """How the dimensions combine; methods whose papers score one corpus get one, unless told otherwise."""
+        return self.combine or ("mixture" if self.method in ONE_CORPUS else "intersection")
 
     @property
     def cuts_by(self) -> Literal["measured", "scores", "even"]:

@@ -19,8 +19,12 @@ from gguf import GGUFReader
 from safetensors.numpy import load_file
 
 from cusprun.anatomy import describe
+from cusprun.checkpoint import Weights
 from cusprun.files import sha256_file
+from cusprun.importance import find_criterion
+from cusprun.methods import bias_compensation, plan_method, score_layers
 from cusprun.runtimes.gguf_header import load_metadata
+from cusprun.statistics import load_statistics
 from tests import pico
 
 SMALL = ["--tokens", "2048", "--window", "64", "--align", "8", "--quant", "f32"]
@@ -204,6 +208,35 @@ def test_a_further_dimension_takes_part(tmp_path: Path, pico_model: Path, own_te
         "--out", out, *QUICK)  # fmt: skip
     names = set(load_file(out / ".stages" / "windows.safetensors"))
     assert {name for name in names if "/" not in name} == {"general", "style"}
+
+
+@pytest.mark.parametrize("method", ["flap", "wanda-sp", "llm-pruner"])
+def test_methods_of_one_corpus_score_one_by_its_tokens(
+    tmp_path: Path, pico_model: Path, own_text: Path, method: str
+) -> None:
+    out = tmp_path / "pruned"
+    run("prune", pico_model, "--corpus", f"{own_text}:7", "--dim", f"style={own_text}", "--method", method, "--out", out,
+        "--ratio", 0.3, "--tokens", 4096, "--window", 64, "--align", 8, "--layout", "per-layer")  # fmt: skip
+    tokens = {
+        name: float(ids.size)
+        for name, ids in load_file(out / ".stages" / "windows.safetensors").items()
+        if "/" not in name
+    }
+    assert len(set(tokens.values())) > 1, tokens
+    anatomy, criterion = describe(pico_model), find_criterion(method)
+    pooled = score_layers(
+        Weights(pico_model), anatomy, load_statistics(out / ".stages" / "statistics"), criterion, "mixture", tokens
+    )
+    wanted = plan_method(criterion, anatomy, pooled, 0.3, align=8, layout="per-layer")
+    got = json.loads((out / ".stages" / "plan.json").read_text())["value"]
+    assert got["layers"] == wanted.to_json()["layers"]
+    if method == "flap":  # the mean of what goes is that of the pooled text, too
+        bias_compensation(
+            pico_model, wanted, load_statistics(out / ".stages" / "statistics"), tmp_path / "biases", tokens
+        )
+        biases = load_file(tmp_path / "biases" / "model.safetensors")
+        found = load_file(out / "model" / "model.safetensors")
+        assert all(np.array_equal(found[name], value) for name, value in biases.items())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

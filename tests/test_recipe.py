@@ -97,6 +97,9 @@ def test_what_belongs_to_one_method_alone_is_refused_elsewhere() -> None:
             make_recipe({"lang": "en", **wrong})
     assert make_recipe({"lang": "en"}).combined == "mixture"
     assert make_recipe({"lang": "en", "method": "cus-prun"}).combined == "intersection"
+    for method in ("flap", "wanda-sp", "llm-pruner", "llm-pruner-mix"):  # their papers score one corpus
+        assert make_recipe({"lang": "en", "method": method}).combined == "mixture"
+        assert make_recipe({"lang": "en", "method": method, "combine": "max"}).combined == "max"
     assert make_recipe({"lang": "en", "epsilon": 0.1}).cuts_by == "scores"
 
 

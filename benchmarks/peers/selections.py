@@ -19,6 +19,7 @@ from cusprun.importance import LayerMatrices, find_criterion
 from cusprun.importance.combine import combine_layer
 from cusprun.moments import LayerStatistics
 from cusprun.progress import say
+from cusprun.recipe import make_recipe
 
 SCORED = ("cus-prun", "wanda-sp", "flap")
 REFIT = "refit"
@@ -80,7 +81,7 @@ def choose_scored(
     """For each of ``layers`` what ``method`` keeps under each draw; ``windows`` maps dimensions to (n, window) ids."""
     from cusprun.statistics import stream
 
-    criterion = find_criterion(method)
+    criterion, combine = find_criterion(method), make_recipe({"method": method, "lang": "en"}).combined
     apart = {
         f"{name}#{number}": ids[number : number + 1] for name, ids in windows.items() for number in range(len(ids))
     }
@@ -96,7 +97,8 @@ def choose_scored(
         found[index] = []
         for draw in draws:
             statistics = {name: _sum(seen, name, numbers, windows[name].shape[1]) for name, numbers in draw.items()}
-            scores = combine_layer(statistics, matrices, criterion, "intersection", {})
+            tokens = {name: float(len(numbers)) for name, numbers in draw.items()}  # of one window each
+            scores = combine_layer(statistics, matrices, criterion, combine, tokens)
             ffn, groups = stays(widths.ffn, remove), stays(widths.kv_heads, remove)
             found[index].append(Kept(frozenset(scores.ffn.last(ffn)), frozenset(scores.attention.last(groups))))
     return found
