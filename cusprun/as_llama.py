@@ -76,7 +76,7 @@ def as_llama(folder: Path) -> Path:
     Raises InvalidRequest where the variant is not supported or a tensor is missing or misshapen.
     """
     from cusprun.anatomy import read_config
-    from cusprun.checkpoint import COMPANIONS
+    from cusprun.checkpoint import COMPANIONS, weight_files
     from cusprun.corpora.cache import cache_folder
     from cusprun.files import sha256_file
 
@@ -84,7 +84,7 @@ def as_llama(folder: Path) -> Path:
     if not is_read_as_llama(config):
         return folder
     llama_config(config, str(folder))
-    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json", *(folder / name for name in COMPANIONS)]
+    files = [*weight_files(folder), folder / "config.json", *(folder / name for name in COMPANIONS)]
     digests = [f"{path.name} {sha256_file(path)}" for path in files if path.is_file()]
     key = hashlib.sha256("\n".join(digests).encode()).hexdigest()[:16]
     target = cache_folder() / "dense" / f"{config['model_type']}-{key}-{VERSION}"
@@ -95,9 +95,9 @@ def as_llama(folder: Path) -> Path:
 
 def _write(folder: Path, config: dict[str, Any], target: Path) -> None:
     from cusprun.anatomy import describe_config
-    from cusprun.checkpoint import Weights, write_weights
+    from cusprun.checkpoint import Weights, weight_files, write_weights
     from cusprun.compact import ELEMENT_BYTES
-    from cusprun.dense import copy_companions, digest_of, weight_files
+    from cusprun.dense import copy_companions, digest_of
     from cusprun.files import folder_written_whole, write_json
 
     weights = Weights(folder)

@@ -49,22 +49,29 @@ COMPANIONS = (
 )
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold a folder's model: those that the index names, or the one there is without.
+
+    Others may lie beside them. Raises InvalidRequest where the index is none.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return [folder / SINGLE]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InvalidRequest(f"{index} is not a safetensors index: {error}") from error
+    if any(Path(name).name != name for name in names):
+        raise InvalidRequest(f"{index} names a file outside its folder")
+    return [folder / name for name in names]
+
+
 class Weights:
     """Lazy access to the tensors of a safetensors folder; a tensor is read when it is asked for and never kept."""
 
     def __init__(self, folder: Path) -> None:
         """Reads the headers. Raises InvalidRequest where the folder has no safetensors or a file is damaged."""
-        index = folder / INDEX
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise InvalidRequest(f"{index} is not a safetensors index: {error}") from error
-            if any(Path(name).name != name for name in names):
-                raise InvalidRequest(f"{index} names a file outside its folder")
-            paths = [folder / name for name in names]
-        else:
-            paths = [folder / SINGLE]
+        paths = weight_files(folder)
         if missing := [path for path in paths if not path.is_file()]:
             pickled = sorted(path.name for path in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
             hint = f" ({', '.join(pickled)} is a pickle and is not read: convert it to safetensors)" if pickled else ""

@@ -17,16 +17,21 @@ from typing import Any
 
 from cusprun.anatomy import FAMILIES, Anatomy, describe, describe_config, read_config
 from cusprun.as_llama import as_llama, is_read_as_llama, llama_config
-from cusprun.checkpoint import COMPANIONS, INDEX, SINGLE, Weights
+from cusprun.checkpoint import COMPANIONS, INDEX, Weights, weight_files
 from cusprun.corpora.cache import cache_folder
 from cusprun.errors import Failed, InvalidRequest, MissingPackage
 from cusprun.files import folder_written_whole, sha256_file, write_json
 from cusprun.recipe import DEFAULT_MODEL
-from cusprun.runtimes.gguf_header import load_metadata
+from cusprun.runtimes.gguf_header import GgufInfo, load_metadata
 
 DOWNLOADED = ("*.safetensors", INDEX, "config.json", "README.md", *COMPANIONS)
+NOT_FETCHED = ("*/*", "consolidated*.safetensors")  # the same weights once more, in other layouts
 PATIENCE_S = 10.0  # for the hub's first answer
 PUBLISHED = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what DEFAULT_MODEL is
+# What transformers reads of each layer of a llama GGUF; it passes over everything else without a word.
+GGUF_TENSORS = (
+    "attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down",
+)  # fmt: skip
 CONVERSION = 1  # raise when what is written for a .gguf changes
 
 
@@ -103,13 +108,37 @@ def read_sizes(model: str, revision: str | None = None) -> Sizes:
         element = {"F64": 8, "F32": 4}.get(weights.dtype(anatomy.family.embedding), 2)
         return Sizes(anatomy, element, convert=False, context=_context(path), original=_original(path))
     info = load_metadata(path)
-    if info.architecture != "llama":
-        raise InvalidRequest(f"{path} is a GGUF of architecture {info.architecture!r}; as a dense model llama is read")
+    check_gguf(info)
     anatomy = Anatomy(
         FAMILIES[0], info.hidden_size, info.head_dim, info.vocab_size, info.layers, info.tied, False, False,
         norm_eps=float(info.metadata.get("llama.attention.layer_norm_rms_epsilon", 1e-6)),
     )  # fmt: skip
     return Sizes(anatomy, element_bytes=4, convert=True, context=info.context_length)
+
+
+def check_gguf(info: GgufInfo) -> None:
+    """Raises InvalidRequest where the file is not all that a GGUF is read as: a Llama without biases, in one file,
+    whose positions are not scaled.
+    """
+    if info.architecture != "llama":
+        raise InvalidRequest(
+            f"{info.path} is a GGUF of architecture {info.architecture!r}; as a dense model llama is read"
+        )
+    needed = {f"blk.{index}.{name}.weight" for index in range(len(info.layers)) for name in GGUF_TENSORS}
+    needed |= {"token_embd.weight", "output_norm.weight"}
+    there = {tensor.name for tensor in info.tensors}
+    missing, other = sorted(needed - there), sorted(there - needed - {"output.weight"})
+    scaled = "rope_freqs.weight" in other or info.metadata.get("llama.rope.scaling.type", "none") != "none"
+    reasons = {
+        "is split: join it with llama.cpp's `llama-gguf-split --merge`": len(info.parts) > 1,
+        "is a mixture of experts, which is not read": info.metadata.get("llama.expert_count", 0) > 0,
+        "has scaled positions (RoPE), which are not read from a GGUF": scaled,
+        f"has tensors that are not read from a GGUF: {', '.join(other[:3])}": bool(other),
+        f"lacks tensors of a Llama: {', '.join(missing[:3])}": bool(missing),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise InvalidRequest(f"{info.path} {reason}; or name the Hugging Face folder or hub id it was made from")
 
 
 def local_path(model: str) -> Path | None:
@@ -192,13 +221,6 @@ def _from_folder(folder: Path, name: str, hub_id: str | None = None) -> Dense:
     )
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder."""
-    if (folder / INDEX).is_file():
-        return sorted(folder.glob("*.safetensors"))
-    return [folder / SINGLE]
-
-
 def digest_of(files: Sequence[Path]) -> str:
     """Hex sha256 of a model's one file, or over those of its files in order."""
     if len(files) == 1:
@@ -238,7 +260,7 @@ def _download(model: str, revision: str | None, files: Sequence[str] = DOWNLOADE
     wanted = list(files)
     try:
         HfApi().model_info(model, revision=revision, timeout=PATIENCE_S)
-        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=NOT_FETCHED))
     except HFValidationError as error:
         raise InvalidRequest(f"{model!r} is neither a local model nor a hub id: {error}") from error
     except GatedRepoError as error:
@@ -252,7 +274,11 @@ def _download(model: str, revision: str | None, files: Sequence[str] = DOWNLOADE
     except Exception as error:  # of the hub's client and of the network library below it, which changes its name
         reason = (str(error.__cause__ or error).strip() or type(error).__name__).partition("\n")[0]
         try:
-            return Path(snapshot_download(model, revision=revision, allow_patterns=wanted, local_files_only=True))
+            return Path(
+                snapshot_download(
+                    model, revision=revision, allow_patterns=wanted, ignore_patterns=NOT_FETCHED, local_files_only=True
+                )
+            )
         except LocalEntryNotFoundError:
             raise Failed(
                 f"the model {model} could not be fetched from the hub ({reason}): is there a network? Without one, "
@@ -265,6 +291,7 @@ def _from_gguf(path: Path, name: str) -> Dense:
     digest = sha256_file(path)
     folder = cache_folder() / "dense" / f"{digest[:16]}-{CONVERSION}"
     if not folder.is_dir():
+        check_gguf(load_metadata(path))
         with folder_written_whole(folder) as part:
             _convert_gguf(path, digest, part)
     return _from_folder(folder, name)

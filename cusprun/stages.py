@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from cusprun.errors import Failed, InvalidRequest, reason_of
-from cusprun.files import sha256_file, write_json
+from cusprun.files import sha256_file, write_json, written_whole
 from cusprun.progress import say
 
 # Raise a stage's number when what it writes from the same inputs changes.
@@ -122,12 +122,13 @@ def sole_builder(out: Path) -> Iterator[None]:
     """Holds the output folder for one build. Raises InvalidRequest where another build is at work in it.
 
     A build that ends badly before any of its stages was done leaves nothing behind, the folder itself included where
-    it was not there before.
+    it was not there before; a recipe.yaml that lay there has its old bytes again.
     """
     from filelock import FileLock, Timeout
 
     made = [path for path in (out, *out.parents) if not path.exists()]
-    folder = out / ".stages"
+    folder, recipe = out / ".stages", out / "recipe.yaml"
+    given = recipe.read_bytes() if recipe.is_file() else None
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock")
     try:
@@ -140,7 +141,11 @@ def sole_builder(out: Path) -> Iterator[None]:
         yield
     except BaseException:
         if not any(folder.glob("*.json")) and {path.name for path in out.iterdir()} <= {".stages", "recipe.yaml"}:
-            (out / "recipe.yaml").unlink(missing_ok=True)
+            if given is None:
+                recipe.unlink(missing_ok=True)
+            elif recipe.read_bytes() != given:
+                with written_whole(recipe) as part:
+                    part.write_bytes(given)
             shutil.rmtree(folder, ignore_errors=True)
             for path in made:
                 with suppress(OSError):  # somebody else has put something there by now

@@ -23,6 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from cusprun.corpora.catalog import find_entries
 from cusprun.exporters.gguf import export_gguf
+from cusprun.recipe import make_recipe
+from cusprun.stages import sole_builder
 from tests import pico
 from tests.conftest import write_text
 
@@ -460,6 +462,15 @@ def write_wheel(path: Path, package: str, version: str) -> None:
         wheel.writestr(f"{folder}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{folder}/RECORD", "")
         wheel.writestr(f"{package}/text.txt", "not what the catalog pins")
+
+
+def test_the_users_own_recipe_outlives_a_build_that_broke(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("# my notes\nlang: en\n")
+    with pytest.raises(KeyboardInterrupt), sole_builder(tmp_path):
+        make_recipe({"lang": "de"}).save(tmp_path / "recipe.yaml")
+        raise KeyboardInterrupt
+    assert (tmp_path / "recipe.yaml").read_text() == "# my notes\nlang: en\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml"}
 
 
 def test_weights_that_are_no_numbers(shell: Shell) -> None:
