@@ -35,8 +35,9 @@ def default_align(anatomy: Anatomy, quants: Sequence[str]) -> int:
 def largest_ratio(anatomy: Anatomy, align: int) -> float:
     """The largest share of all parameters that can go when each layer keeps its smallest allowed widths."""
     smallest = tuple(
-        LayerWidths(min(_ffn_floor(align), layer.ffn), layer.heads // layer.kv_heads * MIN_KV_HEADS, MIN_KV_HEADS)
+        LayerWidths(min(_ffn_floor(align), layer.ffn), layer.queries_per_kv * heads, heads)
         for layer in anatomy.layers
+        for heads in (min(MIN_KV_HEADS, layer.kv_heads),)
     )
     return 1 - anatomy.with_layers(smallest).parameters / anatomy.parameters
 

@@ -70,6 +70,12 @@ def needs(recipe: Recipe, sizes: Sizes, artifacts: bool) -> tuple[int, int]:
         memory += _if_held(sum(map(anatomy.layer_parameters, anatomy.layers)) * 4)
         widest = max(max(widths.ffn, widths.heads * anatomy.head_dim) for widths in anatomy.layers)
         memory += _if_held(recipe.tokens * widest * 4) + 6 * widest**2 * 8
+    parameters = 4 * sizes.parameters
+    if recipe.method.startswith("llm-pruner"):  # the whole model, two sums over the samples and one sample's gradient
+        memory = max(memory, 4.0 * parameters)
+    if recipe.recover is not None:  # student and teacher, and what a window leaves for the way back
+        models = kept + (recipe.recover == "distill")
+        memory = max(memory, models * parameters + 6 * recipe.window * anatomy.vocab_size * 4)
     if artifacts:
         bits = sorted((bits_of(quant) for quant in recipe.quant), reverse=True)[: _written(recipe)]
         files = sum(sizes.parameters * kept * one / 8 for one in bits)

@@ -34,6 +34,7 @@ from cusprun.layouts import Limits, limits_of
 from cusprun.needs import minutes, needs
 from cusprun.recipe import WHOLE_MODEL, Recipe, read_recipe
 
+CUT_AGAIN = ("refit", "shortgpt")  # methods for experts that have lost attention in some layer
 # Fields of a recipe that say where the expert lies and how it is measured: what it is hangs on the others.
 MEASURING = {"out", "measure", "against_quantization", "eval_tokens", "repetitions", "threads"}
 
@@ -249,6 +250,13 @@ def _check_model(recipe: Recipe, sizes: Sizes, limits: Limits | None, problems: 
         problems.attempt(partial(check_folder, path, sizes.anatomy))
     if sizes.context is not None and recipe.window > sizes.context:
         problems.add(f"--window {recipe.window} is longer than the model's context: write {sizes.context} or less")
+    bare = [index for index, layer in enumerate(sizes.anatomy.layers) if not layer.kv_heads]
+    if bare and (recipe.method not in CUT_AGAIN or recipe.cuts_by != "measured"):
+        problems.add(
+            f"layer {bare[0]} of this model has no attention any more, which --method {recipe.method}, widths "
+            f"{recipe.cuts_by}, cannot score: cut it again by --method refit, widths measured"
+        )
+        return
     if recipe.vocab.isdigit() and int(recipe.vocab) > sizes.anatomy.vocab_size:
         problems.add(f"--vocab {recipe.vocab}: the model has {sizes.anatomy.vocab_size} tokens; write fewer")
     if recipe.removed_share is not None:

@@ -95,7 +95,7 @@ class _Refit:
         check_window(model.config, max(ids.shape[1] for ids in windows.values()))
         self.streams: dict[str, _Streams] = {}
         for name, ids in windows.items():
-            states = model.embed(ids)
+            states = model.embed(ids).to(model.device)
             self.streams[name] = _Streams(states, states)
         self.tokens = sum(ids.size for ids in windows.values())
         self.parts = self._plan_parts()
@@ -221,6 +221,7 @@ class _Refit:
 
     def _replace(self, part: _Part, columns: torch.Tensor, fitted: torch.Tensor) -> None:
         """Takes the compacted stream through the part with only the kept columns, at their new values."""
+        fitted = fitted.to(self.model.device)
         for streams in self.streams.values():
             held = iter(streams.held)
             for compact in _batches(streams.compact):

@@ -23,7 +23,7 @@ from cusprun.arithmetic import bfloat16_products
 from cusprun.gram import Gram
 from cusprun.layerwise import Kind, LayerwiseModel
 from cusprun.least_squares import refitted
-from cusprun.progress import track
+from cusprun.progress import say, track
 from cusprun.refit import DOWN, OUTPUT, group_columns
 from cusprun.statistics import Batch, walk
 from cusprun.surgeon import choose_columns, choose_groups
@@ -36,7 +36,7 @@ EVERY = 4  # one position in so many is scored: the output matrix costs as much 
 DEAR = 3.0  # attention is not measured below the level where a parameter costs so many times the FFN's narrow half
 DEEP = 0.3  # the share of all parameters above which narrow FFNs are measured as well
 RIDGE = 1e-2  # of the mean diagonal; a cut's loss depends little on it
-PROBES = "probes"
+PROBES = "/probes"  # no name that a dimension can have
 WINDOWS, TOKENS = 6, 128  # that a cut's loss is measured on
 
 
@@ -101,9 +101,17 @@ def measure(
     with bfloat16_products(device):
         effects = list(_layers(LayerwiseModel(dense, anatomy, device, fast=True), dense, windows, probes, deep))
     every = [effect for layer in effects for effect in layer.values()]
-    divergence = sum(effect.divergence for effect in every)
-    exchange = max(0.0, sum(effect.loss for effect in every)) / divergence if divergence > 0 else 0.0
-    return [_sensitivity(layer, exchange) for layer in effects]
+    return [_sensitivity(layer, _exchange(every)) for layer in effects]
+
+
+def _exchange(effects: Sequence[_Effect]) -> float:
+    """Nats of cross entropy that a nat of divergence costs, over all cuts; 1 where the probes cannot tell: text that
+    the dense model does not predict gets no worse by cutting it.
+    """
+    divergence, loss = (sum(getattr(effect, name) for effect in effects) for name in ("divergence", "loss"))
+    if divergence > 0 and loss <= 0:
+        say("the cuts do not make the calibration text less likely: layers are compared by how far the model moves")
+    return loss / divergence if divergence > 0 and loss > 0 else 1.0
 
 
 def _layers(
@@ -227,7 +235,7 @@ class _Cuts:
 @torch.no_grad()
 def _reference(model: LayerwiseModel, probes: np.ndarray) -> torch.Tensor:
     """The dense model's hidden states after the last layer, (n, window, hidden)."""
-    states = model.embed(probes)
+    states = model.embed(probes).to(model.device)
     for index in track(range(len(model.anatomy.layers)), "dense answers to the probes"):
         with model.layer(index) as layer:
             states = model.forward(layer, states)
@@ -239,6 +247,8 @@ def _effects(
     model: LayerwiseModel, start: int, cuts: Mapping[Cut, torch.Tensor], reference: torch.Tensor, probes: np.ndarray
 ) -> dict[Cut, _Effect]:
     """What each cut's states come to once they have gone through layers ``start`` on."""
+    if not cuts:
+        return {}
     states = torch.cat(list(cuts.values()))  # all of them through a layer at once
     for index in range(start, len(model.anatomy.layers)):
         with model.layer(index) as layer:

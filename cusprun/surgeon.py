@@ -65,6 +65,8 @@ def choose_columns(
     ``matrix`` is (rows, n), each of ``moments`` (n, n), float64, which are used up. The cheapest columns go first, in
     about ``steps`` blocks, so what stays at a smaller number stays at a larger one too.
     """
+    if not keeps:
+        return []
     left = torch.ones(matrix.shape[1], dtype=torch.bool)
     judges = [_Judge(matrix, each) for each in moments]
     size = max(1, -(-(len(left) - min(keeps)) // steps))

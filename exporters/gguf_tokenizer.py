@@ -15,6 +15,7 @@ from typing import Any
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
 from cusprun.errors import Failed, InvalidRequest
+from cusprun.exporters.end_tokens import read_end_tokens
 
 # llama.cpp cuts text by a built-in rule that tokenizer.ggml.pre names; these are the rules of the families we export,
 # as they stand in tokenizer.json: the steps before byte-level BPE. Read in llama.cpp's llama-vocab.cpp.
@@ -86,7 +87,9 @@ def read_vocabulary(folder: Path, rows: int, config: Mapping[str, Any]) -> Vocab
         identity = getattr(tokenizer, f"{kind}_token_id")
         if identity is not None and identity < rows:
             special.special_token_ids[kind] = identity
-    _add_end_of_turn(folder, special, rows)
+    ends = read_end_tokens(folder, special.special_token_ids.get("eos"), rows)
+    if "eot" not in special.special_token_ids and (others := ends[1:]):
+        special.special_token_ids["eot"] = others[0]  # llama.cpp's name for the end of a turn
     return Vocabulary(
         model="llama" if sentencepiece else "gpt2",
         pre="default" if sentencepiece else _pre_name(folder, state, config),
@@ -199,20 +202,3 @@ def _pair(merge: Any) -> list[str]:
     if len(pair) != 2:
         raise Failed(f"the tokenizer has a merge of {len(pair)} parts: {merge!r}")
     return pair
-
-
-def _add_end_of_turn(folder: Path, special: SpecialVocab, rows: int) -> None:
-    """The first end token of generation_config.json beside the tokenizer's own becomes the end of turn."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return
-    try:
-        ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise InvalidRequest(f"{path} is not a JSON object: {error}") from error
-    given = ends if isinstance(ends, list) else []
-    if wrong := [end for end in given if not isinstance(end, int) or not 0 <= end < rows]:
-        raise InvalidRequest(f"{path}: eos_token_id holds {wrong[0]!r:.60}, which is no token of this model")
-    others = [end for end in given if end != special.special_token_ids.get("eos")]
-    if others and "eot" not in special.special_token_ids:
-        special.special_token_ids["eot"] = others[0]

@@ -36,7 +36,9 @@ def write_hollow(
         else:
             trim_companions(dense, kept, part)
             config = read_config(part)
-        config.pop("cusprun", None)
+        noted = config.pop("cusprun", None)
+        if isinstance(noted, dict) and "tokenizer_pre" in noted:  # what the export could not find out by itself
+            config["cusprun"] = {"tokenizer_pre": noted["tokenizer_pre"]}
         write_json(part / "config.json", expert_config(config, anatomy))
         write = write_noise if noise else write_zeros
         write(part / SINGLE, dict(anatomy.tensor_shapes()), Weights(dense).dtype(anatomy.family.embedding))

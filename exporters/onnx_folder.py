@@ -10,6 +10,8 @@ from typing import Any
 
 from cusprun import runtimes
 from cusprun.anatomy import Anatomy
+from cusprun.checkpoint import load_tokenizer
+from cusprun.exporters.end_tokens import read_end_tokens
 from cusprun.files import write_json
 from cusprun.runtimes import GENAI_CONFIG
 
@@ -52,9 +54,7 @@ def genai_config(model_dir: Path, anatomy: Anatomy, context: int) -> dict[str, A
     def token(kind: str) -> Any:
         return generation.get(f"{kind}_token_id", config.get(f"{kind}_token_id"))
 
-    end = token("eos")
-    end = end[0] if isinstance(end, list) and len(end) == 1 else end
-    first_end = end[0] if isinstance(end, list) else end
+    ends = read_end_tokens(model_dir, load_tokenizer(model_dir).eos_token_id, anatomy.vocab_size)
     padding = token("pad")
     attention = [layer for layer in anatomy.layers if layer.heads]
     decoder = {
@@ -79,8 +79,8 @@ def genai_config(model_dir: Path, anatomy: Anatomy, context: int) -> dict[str, A
     }
     tokens = {
         "bos_token_id": token("bos"),
-        "eos_token_id": end,
-        "pad_token_id": first_end if padding is None else padding,
+        "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
+        "pad_token_id": next(iter(ends), None) if padding is None else padding,
     }
     return {
         "model": {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+import unicodedata
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -212,6 +213,8 @@ def compare_on_windows(artifact: str, model_dir: str, windows: str, quant: str, 
         # Where a text or a special token is followed by a space, llama.cpp puts SentencePiece's own space in front as
         # SentencePiece does, and transformers' Metaspace does not: a difference of long standing, not of this file.
         texts = [text.strip() for text in texts if "<" not in text]
+    if tokenizer.composes and Path(artifact).suffix == ".gguf":  # llama.cpp takes a text as it is
+        texts = [unicodedata.normalize("NFC", text) for text in texts]
     difference = tokenizer_difference(tokenizer, candidate, texts)
     return {
         "top1_agreement": agreed / kld.size,

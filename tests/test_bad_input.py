@@ -306,12 +306,14 @@ OWN_TEXTS = [  # faults of one kind stand in one message
         "bad.parquet is not a parquet file",
     ),
     refused(
-        f"{BUILD} --dim style --dim =x --dim a/b={{made}}/good.txt --dim style=none.txt --dim domain={{made}}/good.txt",
+        f"{BUILD} --dim style --dim =x --dim a/b={{made}}/good.txt --dim style=none.txt --dim domain={{made}}/good.txt "
+        "--dim scenario={{made}}/good.txt",
         "--dim style: write NAME=FILE",
         "--dim =x: write NAME=FILE",
         "--dim a/b=",
         "there is no file none.txt",
         "domain is a dimension already",
+        "scenario is a dimension already",
     ),
     refused(
         f"{BUILD} --corpus {{made}}/good.txt --dim a={{made}}/good.txt --dim a={{made}}/good.txt",

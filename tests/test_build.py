@@ -20,9 +20,11 @@ from safetensors.numpy import load_file
 
 from cusprun.anatomy import describe
 from cusprun.checkpoint import Weights
+from cusprun.compact import compact
 from cusprun.files import sha256_file
 from cusprun.importance import find_criterion
 from cusprun.methods import bias_compensation, plan_method, score_layers
+from cusprun.plan import LayerPlan, make_plan
 from cusprun.runtimes.gguf_header import load_metadata
 from cusprun.statistics import load_statistics
 from tests import pico
@@ -208,6 +210,32 @@ def test_a_further_dimension_takes_part(tmp_path: Path, pico_model: Path, own_te
         "--out", out, *QUICK)  # fmt: skip
     names = set(load_file(out / ".stages" / "windows.safetensors"))
     assert {name for name in names if "/" not in name} == {"general", "style"}
+
+
+@pytest.mark.parametrize("method", ["refit", "shortgpt", "wanda-sp", "random"])
+def test_an_expert_without_attention_in_a_layer_is_cut_again_or_refused(
+    tmp_path: Path, own_text: Path, method: str
+) -> None:
+    dense = pico.save_model(tmp_path / "dense", num_hidden_layers=5)
+    anatomy = describe(dense)
+    channels = [tuple(range(layer.ffn)) for layer in anatomy.layers]
+    kept = [LayerPlan(ffn, (0, 1)) for ffn in channels]
+    kept[2], kept[3] = LayerPlan(channels[2], ()), LayerPlan(tuple(range(32)), (0, 1))  # and one as narrow as may be
+    first, out = tmp_path / "first", tmp_path / "second"
+    compact(dense, make_plan(anatomy, tuple(kept)), first)
+    done = subprocess.run(
+        command("prune", first, "--corpus", own_text, "--method", method, "--out", out, "--ratio", 0.2, "--tokens", 2048,
+                "--window", 64, "--align", 8, "--layout", "per-layer"),
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    if method in ("wanda-sp", "random"):
+        assert done.returncode == 2, done.stderr
+        assert "layer 2 of this model has no attention any more" in done.stderr
+        assert "--method refit" in done.stderr
+        assert not out.exists()
+    else:
+        assert done.returncode == 0, done.stderr
+        assert describe(out / "model").parameters < describe(first).parameters
 
 
 @pytest.mark.parametrize("method", ["flap", "wanda-sp", "llm-pruner"])

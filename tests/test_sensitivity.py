@@ -13,7 +13,7 @@ from cusprun.anatomy import LayerWidths, describe
 from cusprun.checkpoint import load_model
 from cusprun.compact import compact
 from cusprun.plan import LayerPlan, make_plan
-from cusprun.sensitivity import ffn_levels, head_levels, measure
+from cusprun.sensitivity import _Effect, _exchange, ffn_levels, head_levels, measure
 from tests import pico
 
 IDS = np.random.default_rng(5).integers(3, 400, size=(14, 64))
@@ -58,6 +58,7 @@ def test_a_dropped_layer_and_lost_attention_cost_what_the_compacted_model_loses(
                 )
             assert loss is not None
             factors.append(loss / float((dense.exp() * (dense - expert)).sum(-1).mean()))
+    assert factors[0] > 0
     assert factors == pytest.approx([factors[0]] * 4, rel=1e-3)
 
 
@@ -68,4 +69,17 @@ def test_more_gone_costs_more_and_the_first_layer_keeps_attention(pico_model: Pa
     for layer in found:
         losses = list(layer.ffn.values())
         assert losses[0] <= losses[-1]
-        assert min(losses) >= 0
+        assert min(losses) > 0
+
+
+def test_text_that_cutting_makes_likelier_still_tells_cuts_apart(pico_model: Path) -> None:
+    cheap, dear = _Effect(0.1, -0.2), _Effect(0.4, -0.1)
+    assert _exchange([cheap, dear]) == 1
+    assert _exchange([_Effect(0.1, 0.3), dear]) == pytest.approx(0.2 / 0.5)
+    assert _exchange([_Effect(0.0, 0.0)]) == 1
+
+
+def test_layers_that_are_as_narrow_as_may_be_are_left_alone(tmp_path: Path) -> None:
+    folder = pico.save_model(tmp_path / "m", intermediate_size=32, num_key_value_heads=1)
+    found = measure(folder, describe(folder), {"t": IDS[:12]}, PROBES)
+    assert all(not layer.ffn for layer in found)

@@ -35,7 +35,7 @@ from cusprun.files import folder_written_whole
 from cusprun.progress import say
 
 LEAST_SIDE = 0.1  # of a user's characters, for calibration as for evaluation
-OWN_SIDES = 2  # raise when a user's text comes to other sides
+OWN_SIDES = 3  # raise when a user's text comes to other sides
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def parse_dimension(value: str) -> tuple[str, Path]:
     name = name.strip()
     if not equals or not name.replace("-", "").replace("_", "").isalnum() or not file:
         raise InvalidRequest(f"--dim {value}: write NAME=FILE, such as style=letters.jsonl")
-    if name in ("language", "domain", "task", "general"):
+    if name in ("language", "domain", "task", "general", "scenario"):
         raise InvalidRequest(f"--dim {value}: {name} is a dimension already; choose another name")
     path = Path(file).expanduser()
     if not path.exists():
@@ -131,9 +131,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise MissingPackage("pyarrow", "eval", f"reading {path.name}") from error
     try:
         table = pyarrow.parquet.ParquetFile(path)
-        for batch in table.iter_batches(batch_size=1024):
-            for number, row in enumerate(batch.to_pylist(), 1):
-                yield f"{path} row {number}", row
+        rows = (row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            yield f"{path} row {number}", row
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         if isinstance(error, InvalidRequest):
             raise

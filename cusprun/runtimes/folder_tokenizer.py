@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
+from tokenizers.normalizers import NFC
+
 from cusprun.checkpoint import load_tokenizer
 from cusprun.runtimes import Message
 from cusprun.runtimes.chat_template import join_turns
@@ -18,6 +20,11 @@ class FolderTokenizer:
 
     def __init__(self, path: Path) -> None:
         self._tokenizer = load_tokenizer(path)
+
+    @property
+    def composes(self) -> bool:
+        """Whether the tokenizer brings a text into Unicode's composed form (NFC) first, as Qwen's does."""
+        return isinstance(self._tokenizer.backend_tokenizer.normalizer, NFC)
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special))

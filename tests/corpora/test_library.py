@@ -136,6 +136,12 @@ def test_a_local_data_set_is_read_row_by_row(tmp_path: Path) -> None:
     source = HubSource(kind="datasets", package=str(folder), version="main", columns=columns, rows=3)
     drafts = list(read_hub(source))
     assert [draft.text for draft in drafts] == [f"Question {n}?\n\nAnswer {n}." for n in range(3)]
+    long = [{"text": f"Article {n} says. " * 1000} for n in range(2)]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, long)))
+    drafts = list(read_hub(HubSource(kind="datasets", package=str(folder), version="main", rows=2)))
+    assert len(drafts) > 4  # pieces of one row share a side
+    assert {draft.group for draft in drafts} == {"0", "1"}
+    assert all(f"Article {draft.group}" in draft.text for draft in drafts)
     with pytest.raises(Failed, match="could not be read"):
         list(read_hub(source.model_copy(update={"package": str(tmp_path / "none")})))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cusprun.corpora.document import OwnText, Scenario
-from cusprun.corpora.own import parse_dimension, parse_own_text, read_own
+from cusprun.corpora.own import parse_dimension, parse_own_text, read_originals, read_own
 from cusprun.errors import InvalidRequest
 
 SCENARIO = Scenario("nl", "legal", "qa")
@@ -43,6 +43,15 @@ def test_ids_stay_when_rows_are_added(tmp_path: Path) -> None:
     before = [document.id for document in read(path)]
     path.write_text('{"text": "zero"}\n{"text": "one"}\n{"text": "two"}\n')
     assert [document.id for document in read(path)][1:] == before
+
+
+def test_rows_of_a_long_table_have_a_place_each(tmp_path: Path) -> None:
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    path = tmp_path / "long.parquet"
+    parquet.write_table(pyarrow.table({"text": [f"text number {n}" for n in range(2500)]}), path)
+    places = [where for _, where in read_originals(path, "own", Scenario("en", None, None))]
+    assert len(set(places)) == 2500
+    assert places[-1] == f"{path} row 2500"
 
 
 def test_parquet_and_folders_are_read(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cusprun.errors import InvalidRequest
 from cusprun.exporters.gguf import export_gguf
@@ -155,6 +155,39 @@ def test_second_end_token_becomes_end_of_turn(tmp_path: Path) -> None:
     reference, candidate = export_and_open(folder, tmp_path / "x.gguf")
     assert {2, 7} <= candidate.end_tokens
     assert reference.end_tokens == {2, 7}
+
+
+@pytest.mark.parametrize(("ends", "config"), [(7, 2), (None, [2, 7])])
+def test_an_end_token_that_is_not_the_tokenizers_ends_an_answer_in_every_export(
+    tmp_path: Path, ends: Any, config: Any
+) -> None:
+    from cusprun.anatomy import describe
+    from cusprun.exporters.onnx_folder import genai_config
+
+    folder = save_model(tmp_path / "model")
+    named = {} if ends is None else {"eos_token_id": ends}
+    (folder / "generation_config.json").write_text(json.dumps(named))
+    edit_config(folder, eos_token_id=config)
+    own = AutoTokenizer.from_pretrained(folder).eos_token_id
+    _, candidate = export_and_open(folder, tmp_path / "x.gguf")
+    assert candidate.info.metadata["tokenizer.ggml.eos_token_id"] == own
+    assert {own, 7} <= candidate.end_tokens
+    told = genai_config(folder, describe(folder), 64)["model"]["eos_token_id"]
+    assert told[0] == own
+    assert 7 in told
+
+
+def test_a_tokenizer_that_composes_characters_is_proved_on_composed_text(tmp_path: Path) -> None:
+    """Qwen's tokenizers bring text into NFC; llama.cpp does not."""
+    tokenizer = byte_level(split(QWEN2_SPLIT))
+    tokenizer.normalizer = normalizers.NFC()
+    folder = model_with(tmp_path / "model", tokenizer)
+    reference, candidate = export_and_open(folder, tmp_path / "x.gguf")
+    assert candidate.info.metadata["tokenizer.ggml.pre"] == "qwen2"
+    assert tokenizer_difference(reference, candidate, ["combining e\u0301"]) is not None  # what only NFC joins
+    np.save(tmp_path / "windows.npy", windows(folder, 2, 32))
+    found = compare_on_windows(str(tmp_path / "x.gguf"), str(folder), str(tmp_path / "windows.npy"), "f32", 1)
+    assert found["tokenizer_difference"] is None
 
 
 def test_unknown_pre_tokenizer_asks_for_its_name(tmp_path: Path) -> None:

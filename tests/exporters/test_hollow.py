@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,17 @@ def test_a_file_has_the_bytes_that_were_told_before_there_were_weights(
     hollow = OnnxExport(tmp_path / "hollow", "int8", name="expert").write(tmp_path / "hollow-int8")
     report_onnx = OnnxExport(tmp_path / "expert", "int8", name="expert").write(tmp_path / "int8")
     assert hollow.bytes == pytest.approx(report_onnx.bytes, rel=0.002)
+
+
+def test_a_pre_tokenizer_that_the_user_named_is_known_to_hollow_models(tmp_path: Path, pico_model: Path) -> None:
+    folder = tmp_path / "named"
+    shutil.copytree(pico_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "cusprun": {"tokenizer_pre": "gpt-2", "licence": "mit"}}))
+    write_hollow(folder, describe(folder), tmp_path / "hollow")
+    assert json.loads((tmp_path / "hollow" / "config.json").read_text())["cusprun"] == {"tokenizer_pre": "gpt-2"}
+    GgufExport(tmp_path / "hollow", "q8_0").write(tmp_path / "hollow.gguf")
+    assert load_metadata(tmp_path / "hollow.gguf").metadata["tokenizer.ggml.pre"] == "gpt-2"
 
 
 def test_a_hollow_file_runs_with_the_multiplications_of_the_expert(tmp_path: Path, pico_model: Path) -> None:

@@ -31,7 +31,8 @@ def read_hub(source: HubSource) -> Iterator[Draft]:
         for number, row in enumerate(rows.take(source.rows)):
             row = {ours: row[theirs] for ours, theirs in source.columns.items()} if source.columns else row
             for piece, (text, turns, question) in enumerate(read_row(row, f"{source.package} row {number}")):
-                yield Draft(f"{number}" if not piece else f"{number}.{piece}", text, turns, question)
+                key = f"{number}" if not piece else f"{number}.{piece}"
+                yield Draft(key, text, turns, question, group=f"{number}")
     except InvalidRequest:
         raise
     except Exception as error:  # datasets raises many kinds of its own and of its network libraries

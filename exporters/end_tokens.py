@@ -1,0 +1,36 @@
+"""The tokens that end an answer, out of all the places where a model folder names them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cusprun.errors import InvalidRequest
+
+
+def read_end_tokens(folder: Path, own: int | None, rows: int) -> list[int]:
+    """Ids that end an answer, each once: the tokenizer's ``own`` first, then those of generation_config.json, or of
+    config.json where that names none.
+
+    Raises InvalidRequest where a file names what is no token of a model of ``rows`` tokens.
+    """
+    ends = [] if own is None or own >= rows else [own]
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        found = _named(path)
+        if wrong := [end for end in found if type(end) is not int or not 0 <= end < rows]:
+            raise InvalidRequest(f"{path}: eos_token_id holds {wrong[0]!r:.60}, which is no token of this model")
+        if found:
+            return list(dict.fromkeys([*ends, *found]))
+    return ends
+
+
+def _named(path: Path) -> list[Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise InvalidRequest(f"{path} is not a JSON object: {error}") from error
+    return value if isinstance(value, list) else [] if value is None else [value]
