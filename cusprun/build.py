@@ -22,7 +22,9 @@ from cusprun.corpora.selection import read_texts
 from cusprun.cut import Cut
 from cusprun.dense import Dense, find_dense
 from cusprun.exporters.artifacts import Artifacts
+from cusprun.exporters.gguf_source import check_gguf_source
 from cusprun.files import sha256_file
+from cusprun.formats import format_of
 from cusprun.preflight import Prepared, prepare
 from cusprun.progress import say
 from cusprun.recipe import Recipe
@@ -68,6 +70,8 @@ class _Build:
             self.cut.device = DeviceOffers(prepared, self.dense, self.stages, self.cut, self.artifacts)
 
     def run(self, upto: str) -> dict[str, Any]:
+        if upto == "expert" and any(format_of(quant) == "gguf" for quant in self.recipe.quant):
+            check_gguf_source(self.dense.folder)  # hours before its expert is written
         key = self.cut.run()
         if upto == "model":
             return self._expert([], None)

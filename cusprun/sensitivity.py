@@ -9,7 +9,7 @@ into the other, so that a cut's loss is in nats of cross entropy a token, as the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,8 @@ class DenseArtifacts:
 
     def _gguf(self, quant: str, rounding: Rounding) -> Path:
         label = model_name(self.dense.id)
-        folder = cache_folder() / "dense-gguf" / f"{self.dense.key[:16]}-{VERSIONS['gguf']}"
+        made_by = f"{VERSIONS['gguf']}-{version('llama-cpp-python')}"  # whose quantizer chooses the mix of types
+        folder = cache_folder() / "dense-gguf" / f"{self.dense.key[:16]}-{made_by}"
         overrides = [] if TYPES[quant].plain else self.overrides
         name = label + self._rounded_by(rounding)
         weighed = rounding != "nearest" and is_weighed(quant)
@@ -101,7 +103,8 @@ class DenseArtifacts:
         from cusprun.exporters.onnx import OnnxExport
 
         digest = hashlib.sha256(json.dumps(self.onnx, sort_keys=True).encode()).hexdigest()[:8]
-        name = f"{self.dense.key[:16]}-{VERSIONS['onnx']}-{quant}" + (f"-{digest}" if quant == "int4" else "")
+        made_by = f"{VERSIONS['onnx']}-{version('onnxruntime')}"
+        name = f"{self.dense.key[:16]}-{made_by}-{quant}" + (f"-{digest}" if quant == "int4" else "")
         name += self._rounded_by(rounding)
         path = cache_folder() / "dense-onnx" / name
         if not path.is_dir():

@@ -48,6 +48,13 @@ def padded(count: int) -> int:
     return -(-count // ALIGNMENT) * ALIGNMENT
 
 
+def check_gguf_source(folder: Path) -> None:
+    """Raises InvalidRequest where llama.cpp has no form for the model of a folder: its positions, its tokenizer, its
+    layers.
+    """
+    GgufSource(folder, folder.name, {}).tensors("F32")
+
+
 class GgufSource:
     """What a file is made of: sizes, weights, tokenizer, and what the file is to say of itself.
 

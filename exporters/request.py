@@ -96,6 +96,14 @@ def export_model(
     be is returned. Raises InvalidRequest where something makes no sense or is in the way, Failed where an artifact is
     not the model.
     """
+    if not (model / "config.json").is_file():
+        inside = model / "model"
+        raise InvalidRequest(
+            f"{model} is an expert: name the model folder in it, {inside}"
+            if (inside / "config.json").is_file()
+            else f"export takes a model folder (config.json and safetensors), and {model} is none: "
+            "`cusprun-edge build` and `prune` write one, a model of the hub comes with `hf download`"
+        )
     quants = resolve(formats, types)
     several = len(quants) > 1
     if several and out.suffix == ".gguf":
@@ -103,28 +111,24 @@ def export_model(
     _check_rounding(quants, settings)
     _check_flags(quants, settings)
     planned = [_plan(model, out, quant, several, settings) for quant in quants]
+    shared = Shared(model, out, settings)
     if dry_run:
         return [plan for plan, _ in planned]
-    found: list[Exported] = []
-    shared = Shared(model, out, settings)
-    for _, write in planned:
-        found.append(write(shared))
-        taken = Path(found[-1].report.path).with_suffix(".imatrix")
-        if several and shared.imatrix is None and settings.corpus is not None and taken.is_file():
-            shared.imatrix = taken
-    return found
+    return [write(shared) for _, write in planned]
 
 
 class Shared:
-    """What is taken of the corpus once and serves every type of a request that has a use for it."""
+    """What is taken of the corpus once and serves every type of a request that has a use for it.
+
+    The corpus is read here: raises InvalidRequest where it is missing, in no form that is read, or too short.
+    """
 
     def __init__(self, model: Path, out: Path, settings: Settings) -> None:
         self.imatrix: Path | None = None
         folder, corpus = as_llama(model), settings.corpus
         existing = next(parent for parent in out.absolute().parents if parent.is_dir())
-        self._roundings = Roundings(
-            folder, lambda: read_windows(folder, corpus, settings.tokens) if corpus is not None else {}, existing
-        )
+        windows = {} if corpus is None else read_windows(folder, corpus, settings.tokens)
+        self._roundings = Roundings(folder, lambda: windows, existing)
 
     def compensated(self, rounding: Rounding, export: GgufRequest | OnnxExport) -> Compensated | None:
         """The matrices that an export takes as they are; None where it is rounded otherwise."""
@@ -218,6 +222,9 @@ def _write_gguf(
         # The first part last: no other is opened without it.
         for file in sorted(folder.iterdir(), key=lambda file: (file == report.path, file.name)):
             os.replace(file, target.with_name(file.name))
+        taken = target.with_suffix(".imatrix")
+        if shared.imatrix is None and settings.corpus is not None and taken.is_file():
+            shared.imatrix = taken
         moved = tuple(target.with_name(part.name) for part in report.parts)
         rounded: Rounding = "gptq" if compensated else "imatrix" if weighed else "nearest"
         return Exported(replace(report, path=target.with_name(report.path.name), parts=moved), proof, rounded)

@@ -107,6 +107,11 @@ def write_models(folder: Path, good: Path) -> None:
     copy("experts", model_type="mixtral", num_local_experts=8)
     copy("quantized", quantization_config={"quant_method": "gptq", "bits": 4})
     (copy("no-config") / "config.json").unlink()
+    copy("yarn", rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0})
+    split = {"type": "Split", "pattern": {"Regex": "[a-z]+|."}, "behavior": "Isolated", "invert": False}
+    unknown = copy("pre-tokenizer") / "tokenizer.json"
+    unknown.write_text(json.dumps({**json.loads(unknown.read_text()), "pre_tokenizer": split}), encoding="utf-8")
+    shutil.copytree(good, folder / "expert" / "model")
     (copy("config-broken") / "config.json").write_text("{")
     (copy("no-tokenizer") / "tokenizer.json").unlink()
     (copy("tokenizer-broken") / "tokenizer.json").write_text("{}")
@@ -344,6 +349,8 @@ MODELS = [
     }.items()
     if name not in ("bert", "experts")
 ] + [
+    refused(BUILD.replace("/good ", "/yarn "), "rope scaling 'yarn' is not exported to GGUF"),
+    refused(BUILD.replace("/good ", "/pre-tokenizer "), "name for the pre-tokenizer", '"tokenizer_pre"'),
     refused(BUILD.replace("/good ", "/bert "), "'bert'", "supported families: llama, mistral"),
     refused(BUILD.replace("/good ", "/experts "), "'mixtral'", "supported families: llama, mistral"),
     broken(BUILD.replace("/good ", "/truncated.gguf "), "truncated.gguf is truncated", "ends at byte"),
@@ -376,7 +383,11 @@ ARTIFACTS = [
     refused("export {made}/good --quant q4_0 --out x --corpus nowhere", "nowhere"),
     refused("export {made}/good --quant q4_0 --out x --corpus a --imatrix b", "--imatrix and --corpus"),
     refused("export {made}/good --out {made}/good.gguf", "exists; choose another name"),
-    refused("export nothing --out x", "has no config.json"),
+    refused("export {made}/good --quant f16,q4_0 --out x --corpus nowhere", "there is no file nowhere"),
+    refused("export {made}/good --quant f16,q4_0 --out x --corpus {made}/good.txt --tokens 1024", "--tokens 1024"),
+    refused("export {made}/good --quant f16,q4_0 --out x --corpus {made}/short.txt --dry-run", "fewer than 4 windows"),
+    refused("export nothing --out x", "export takes a model folder", "`cusprun-edge build`"),
+    refused("export {made}/expert --out x", "is an expert: name the model folder in it", "expert/model"),
     broken("export {made}/nan --quant f32 --out x.gguf", GONE_LAYER, "NaN"),
     refused("inspect nothing", "there is no model 'nothing'"),
     refused("corpora show nothing", "no such corpus: nothing", "tort-law-qa"),
@@ -468,9 +479,14 @@ def write_wheel(path: Path, package: str, version: str) -> None:
 
 def test_the_users_own_recipe_outlives_a_build_that_broke(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("# my notes\nlang: en\n")
-    with pytest.raises(KeyboardInterrupt), sole_builder(tmp_path):
-        make_recipe({"lang": "de"}).save(tmp_path / "recipe.yaml")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with sole_builder(tmp_path):
+            make_recipe({"lang": "de"}).save(tmp_path / "recipe.yaml")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert (tmp_path / "recipe.yaml").read_text() == "# my notes\nlang: en\n"
     assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml"}
 

@@ -224,8 +224,8 @@ def test_an_expert_without_attention_in_a_layer_is_cut_again_or_refused(
     first, out = tmp_path / "first", tmp_path / "second"
     compact(dense, make_plan(anatomy, tuple(kept)), first)
     done = subprocess.run(
-        command("prune", first, "--corpus", own_text, "--method", method, "--out", out, "--ratio", 0.2, "--tokens", 2048,
-                "--window", 64, "--align", 8, "--layout", "per-layer"),
+        command("prune", first, "--corpus", own_text, "--method", method, "--out", out, "--ratio", 0.2,
+                "--tokens", 2048, "--window", 64, "--align", 8, "--layout", "per-layer"),
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     if method in ("wanda-sp", "random"):
@@ -243,8 +243,8 @@ def test_methods_of_one_corpus_score_one_by_its_tokens(
     tmp_path: Path, pico_model: Path, own_text: Path, method: str
 ) -> None:
     out = tmp_path / "pruned"
-    run("prune", pico_model, "--corpus", f"{own_text}:7", "--dim", f"style={own_text}", "--method", method, "--out", out,
-        "--ratio", 0.3, "--tokens", 4096, "--window", 64, "--align", 8, "--layout", "per-layer")  # fmt: skip
+    run("prune", pico_model, "--corpus", f"{own_text}:7", "--dim", f"style={own_text}", "--method", method,
+        "--out", out, "--ratio", 0.3, "--tokens", 4096, "--window", 64, "--align", 8, "--layout", "per-layer")  # fmt: skip
     tokens = {
         name: float(ids.size)
         for name, ids in load_file(out / ".stages" / "windows.safetensors").items()

@@ -1,4 +1,6 @@
-"""What a dense model is read from: a .gguf that is not all that is read is refused; other files beside the weights do not count."""
+"""What a dense model is read from: a .gguf of which a part would be lost is refused; other files beside the weights do
+not count.
+"""
 
 from __future__ import annotations
 

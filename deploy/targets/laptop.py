@@ -42,7 +42,8 @@ OLLAMA = """With Ollama:
     ollama run {name}"""
 NOT_OLLAMA = """This file has layers of different widths (architecture `{arch}`), which Ollama is not known to open:
 where it fails, use llama.cpp, or ask the maker for a bundle made with `--layout uniform`."""
-OLD_DAY = f"""Ollama's templates know no date: there the model is told that it is {DAY}, what its own template falls back to."""
+OLD_DAY = f"""Ollama's templates know no date: there the model is told that it is {DAY}, what its own template falls
+back to."""
 NO_MODELFILE = """There is no Modelfile for Ollama: the model's chat template is of no kind that is known in Ollama's
 form. llama.cpp takes the one inside the file."""
 CUSPRUN = """With cusprun:

@@ -95,6 +95,15 @@ def test_one_importance_matrix_for_all_types(folder: Path, tmp_path: Path) -> No
     assert sums["iq4_nl"] != beside["iq4_nl"]
 
 
+def test_one_importance_matrix_for_files_that_are_split(folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(SENTENCES * 120))
+    settings = Settings(corpus=text, tokens=2048, rounding="imatrix", split_max_size="60KB", prove=False)
+    export_model(folder, tmp_path / "out", [], ["q4_0", "iq4_nl"], settings)
+    assert len(list((tmp_path / "out").glob("*-00001-of-*.gguf"))) == 2
+    assert [path.name for path in (tmp_path / "out").glob("*.imatrix")] == ["pico-q4_0.imatrix"]
+
+
 @pytest.mark.parametrize("quant", ["f16", "fp16"])
 def test_what_is_not_the_model_gets_no_name(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str
