@@ -260,7 +260,9 @@ def _download(model: str, revision: str | None, files: Sequence[str] = DOWNLOADE
     wanted = list(files)
     try:
         HfApi().model_info(model, revision=revision, timeout=PATIENCE_S)
-        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=NOT_FETCHED))
+        return Path(
+            snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=list(NOT_FETCHED))
+        )
     except HFValidationError as error:
         raise InvalidRequest(f"{model!r} is neither a local model nor a hub id: {error}") from error
     except GatedRepoError as error:
@@ -276,7 +278,11 @@ def _download(model: str, revision: str | None, files: Sequence[str] = DOWNLOADE
         try:
             return Path(
                 snapshot_download(
-                    model, revision=revision, allow_patterns=wanted, ignore_patterns=NOT_FETCHED, local_files_only=True
+                    model,
+                    revision=revision,
+                    allow_patterns=wanted,
+                    ignore_patterns=list(NOT_FETCHED),
+                    local_files_only=True,
                 )
             )
         except LocalEntryNotFoundError:

@@ -244,7 +244,8 @@ def test_methods_of_one_corpus_score_one_by_its_tokens(
 ) -> None:
     out = tmp_path / "pruned"
     run("prune", pico_model, "--corpus", f"{own_text}:7", "--dim", f"style={own_text}", "--method", method,
-        "--out", out, "--ratio", 0.3, "--tokens", 4096, "--window", 64, "--align", 8, "--layout", "per-layer")  # fmt: skip
+        "--out", out, "--ratio", 0.3, "--tokens", 4096, "--window", 64, "--align", 8, 
+        "--layout", "per-layer")  # fmt: skip
     tokens = {
         name: float(ids.size)
         for name, ids in load_file(out / ".stages" / "windows.safetensors").items()

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from cusprun.checkpoint import Weights, weight_files, write_weights
-from cusprun.dense import check_gguf, find_dense, read_sizes
+from cusprun.dense import DOWNLOADED, NOT_FETCHED, check_gguf, find_dense, read_sizes
 from cusprun.errors import InvalidRequest
 from cusprun.exporters.gguf import export_gguf
 from cusprun.runtimes.gguf_header import load_metadata
@@ -62,6 +62,22 @@ def test_a_gguf_gives_the_weights_it_was_made_of(tmp_path: Path, pico_model: Pat
     read, wanted = Weights(dense.folder), Weights(pico_model)
     assert sorted(read) == sorted(wanted)
     assert all((read[name] == wanted[name]).all() for name in wanted)
+
+
+def test_the_same_weights_are_fetched_once() -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    wanted = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json"]
+    other = [
+        "consolidated.safetensors",
+        "consolidated.00.safetensors",
+        "original/model.safetensors",
+        "pytorch_model.bin",
+    ]
+    files = [*wanted, *other, "onnx/config.json"]
+    assert (
+        list(filter_repo_objects(files, allow_patterns=list(DOWNLOADED), ignore_patterns=list(NOT_FETCHED))) == wanted
+    )
 
 
 def test_files_beside_the_weights_are_no_part_of_the_model(tmp_path: Path, pico_model: Path) -> None:
