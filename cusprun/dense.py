@@ -90,8 +90,10 @@ def find_dense(model: str, revision: str | None = None) -> Dense:
     return _from_gguf(path, model if model == DEFAULT_MODEL else path.name)
 
 
-def read_sizes(model: str, revision: str | None = None) -> Sizes:
+def read_sizes(model: str, revision: str | None = None, *, convertible: bool = True) -> Sizes:
     """Anatomy of the dense model from its headers; of a hub model config.json alone is fetched.
+
+    A .gguf has to be one that :func:`find_dense` reads, unless ``convertible`` is False: then a Llama will do.
 
     Raises InvalidRequest where nothing of that name exists or its family is unknown, Failed where the hub is needed
     and cannot be reached.
@@ -108,7 +110,9 @@ def read_sizes(model: str, revision: str | None = None) -> Sizes:
         element = {"F64": 8, "F32": 4}.get(weights.dtype(anatomy.family.embedding), 2)
         return Sizes(anatomy, element, convert=False, context=_context(path), original=_original(path))
     info = load_metadata(path)
-    check_gguf(info)
+    if convertible:
+        check_gguf(info)
+    _check_llama(info)
     anatomy = Anatomy(
         FAMILIES[0], info.hidden_size, info.head_dim, info.vocab_size, info.layers, info.tied, False, False,
         norm_eps=float(info.metadata.get("llama.attention.layer_norm_rms_epsilon", 1e-6)),
@@ -120,25 +124,29 @@ def check_gguf(info: GgufInfo) -> None:
     """Raises InvalidRequest where the file is not all that a GGUF is read as: a Llama without biases, in one file,
     whose positions are not scaled.
     """
-    if info.architecture != "llama":
-        raise InvalidRequest(
-            f"{info.path} is a GGUF of architecture {info.architecture!r}; as a dense model llama is read"
-        )
+    _check_llama(info)
     needed = {f"blk.{index}.{name}.weight" for index in range(len(info.layers)) for name in GGUF_TENSORS}
     needed |= {"token_embd.weight", "output_norm.weight"}
     there = {tensor.name for tensor in info.tensors}
     missing, other = sorted(needed - there), sorted(there - needed - {"output.weight"})
     scaled = "rope_freqs.weight" in other or info.metadata.get("llama.rope.scaling.type", "none") != "none"
     reasons = {
-        "is split: join it with llama.cpp's `llama-gguf-split --merge`": len(info.parts) > 1,
-        "is a mixture of experts, which is not read": info.metadata.get("llama.expert_count", 0) > 0,
-        "has scaled positions (RoPE), which are not read from a GGUF": scaled,
-        f"has tensors that are not read from a GGUF: {', '.join(other[:3])}": bool(other),
-        f"lacks tensors of a Llama: {', '.join(missing[:3])}": bool(missing),
+        "is split: join it with llama.cpp's `llama-gguf-split --merge`, or": len(info.parts) > 1,
+        "is a mixture of experts, which is not read:": info.metadata.get("llama.expert_count", 0) > 0,
+        "has scaled positions (RoPE), which are not read from a GGUF:": scaled,
+        f"has tensors that are not read from a GGUF ({', '.join(other[:3])}):": bool(other),
+        f"lacks tensors of a Llama ({', '.join(missing[:3])}):": bool(missing),
     }
     for reason, holds in reasons.items():
         if holds:
-            raise InvalidRequest(f"{info.path} {reason}; or name the Hugging Face folder or hub id it was made from")
+            raise InvalidRequest(f"{info.path} {reason} name the Hugging Face folder or hub id it was made from")
+
+
+def _check_llama(info: GgufInfo) -> None:
+    if info.architecture != "llama":
+        raise InvalidRequest(
+            f"{info.path} is a GGUF of architecture {info.architecture!r}; as a dense model llama is read"
+        )
 
 
 def local_path(model: str) -> Path | None:
@@ -296,8 +304,8 @@ def _from_gguf(path: Path, name: str) -> Dense:
     """Converts a .gguf into a safetensors folder in the cache, once for each file content."""
     digest = sha256_file(path)
     folder = cache_folder() / "dense" / f"{digest[:16]}-{CONVERSION}"
+    check_gguf(load_metadata(path))
     if not folder.is_dir():
-        check_gguf(load_metadata(path))
         with folder_written_whole(folder) as part:
             _convert_gguf(path, digest, part)
     return _from_folder(folder, name)

@@ -13,7 +13,7 @@ from cusprun.layouts import describe_exports
 
 def describe_model(model: str, revision: str | None = None) -> dict[str, Any]:
     """What `inspect` prints: family, sizes, the units that may go, what each export holds, and every layer."""
-    sizes = read_sizes(model, revision)
+    sizes = read_sizes(model, revision, convertible=False)
     anatomy = sizes.anatomy
     return {
         "model": model,

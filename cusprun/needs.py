@@ -71,11 +71,12 @@ def needs(recipe: Recipe, sizes: Sizes, artifacts: bool) -> tuple[int, int]:
         widest = max(max(widths.ffn, widths.heads * anatomy.head_dim) for widths in anatomy.layers)
         memory += _if_held(recipe.tokens * widest * 4) + 6 * widest**2 * 8
     parameters = 4 * sizes.parameters
+    here = recipe.device == "cpu"  # else what is worked on lies on the device
     if recipe.method.startswith("llm-pruner"):  # the whole model, two sums over the samples and one sample's gradient
-        memory = max(memory, 4.0 * parameters)
+        memory = max(memory, (4.0 if here else 1.0) * parameters)
     if recipe.recover is not None:  # student and teacher, and what a window leaves for the way back
         models = kept + (recipe.recover == "distill")
-        memory = max(memory, models * parameters + 6 * recipe.window * anatomy.vocab_size * 4)
+        memory = max(memory, models * parameters + here * 6 * recipe.window * anatomy.vocab_size * 4)
     if artifacts:
         bits = sorted((bits_of(quant) for quant in recipe.quant), reverse=True)[: _written(recipe)]
         files = sum(sizes.parameters * kept * one / 8 for one in bits)

@@ -59,7 +59,7 @@ class Recipe(BaseModel):
     weight: tuple[str, ...] = Field((), description="a dimension's weight in the rest of the text, NAME=NUMBER")
     method: Method = Field("refit", description="how neurons are chosen and repaired")
     combine: Literal["intersection", "mixture", "max"] | None = Field(
-        None, description="how dimensions combine; refit mixes, the others intersect"
+        None, description="how dimensions combine; refit, llm-pruner, flap and wanda-sp mix them, the others intersect"
     )
     widths: Literal["measured", "scores", "even"] | None = Field(
         None, description="where refit cuts: by measured loss, by Cus-Prun's scores, or the same share everywhere"

@@ -101,7 +101,8 @@ def measure(
     with bfloat16_products(device):
         effects = list(_layers(LayerwiseModel(dense, anatomy, device, fast=True), dense, windows, probes, deep))
     every = [effect for layer in effects for effect in layer.values()]
-    return [_sensitivity(layer, _exchange(every)) for layer in effects]
+    exchange = _exchange(every)
+    return [_sensitivity(layer, exchange) for layer in effects]
 
 
 def _exchange(effects: Sequence[_Effect]) -> float:

@@ -88,6 +88,8 @@ def read_vocabulary(folder: Path, rows: int, config: Mapping[str, Any]) -> Vocab
         if identity is not None and identity < rows:
             special.special_token_ids[kind] = identity
     ends = read_end_tokens(folder, special.special_token_ids.get("eos"), rows)
+    if ends:
+        special.special_token_ids.setdefault("eos", ends[0])
     if "eot" not in special.special_token_ids and (others := ends[1:]):
         special.special_token_ids["eot"] = others[0]  # llama.cpp's name for the end of a turn
     return Vocabulary(

@@ -52,7 +52,7 @@ def _compile(template: str) -> Any:
 
 def on_the_same_day(template: str) -> str:
     """The template, for which it is always :data:`DAY`: what is made of it once must not tell the date it was made."""
-    return f"{{% macro strftime_now(form) %}}{DAY}{{% endmacro %}}" + template
+    return f"{{% macro strftime_now(form) %}}{DAY}{{% endmacro %}}\n" + template
 
 
 def join_turns(messages: Sequence[Message]) -> str:

@@ -75,7 +75,7 @@ def _gguf(expert: Expert, artifact: Artifact, files: Files) -> Notes:
         parts.append(NO_MODELFILE)
     else:
         parts.append(OLLAMA.format(name=expert.name.lower()))
-        parts += [OLD_DAY] if DAY in turns.system[0] else []
+        parts += [OLD_DAY] if DAY in turns.system[0] + (turns.default or "") else []
         parts += [NOT_OLLAMA.format(arch=info.architecture)] if per_layer else []
     parts.append(CUSPRUN)
     needs = [f"llama.cpp that knows the architecture `{info.architecture}`" if per_layer else "llama.cpp, or what is "

@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cusprun.errors import InvalidRequest
+from cusprun.exporters.end_tokens import read_end_tokens
 from cusprun.exporters.gguf import export_gguf
 from cusprun.exporters.gguf_tokenizer import LLAMA3_SPLIT, QWEN2_SPLIT, TEKKEN_SPLIT
 from cusprun.exporters.proof import HARD_STRINGS, compare_on_windows, tokenizer_difference
@@ -175,6 +176,13 @@ def test_an_end_token_that_is_not_the_tokenizers_ends_an_answer_in_every_export(
     told = genai_config(folder, describe(folder), 64)["model"]["eos_token_id"]
     assert told[0] == own
     assert 7 in told
+
+
+def test_end_tokens_of_a_tokenizer_that_has_none(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    assert read_end_tokens(tmp_path, None, 512) == [2, 7]
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 50256}')  # left over from a larger tokenizer
+    assert read_end_tokens(tmp_path, 3, 512) == [3]
 
 
 def test_a_tokenizer_that_composes_characters_is_proved_on_composed_text(tmp_path: Path) -> None:
