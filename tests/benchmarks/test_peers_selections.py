@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -73,7 +74,9 @@ def test_all_windows_once_give_the_method_s_own_choice(
 ) -> None:
     criterion = find_criterion(method)
     statistics = collect(dense.folder, dense.anatomy, windows, needs=criterion.needs)
-    scores = score_layers(Weights(dense.folder), dense.anatomy, statistics, criterion, "intersection")
+    combine: Literal["intersection", "mixture"] = "intersection" if method == "cus-prun" else "mixture"
+    tokens = {name: float(ids.size) for name, ids in windows.items()}
+    scores = score_layers(Weights(dense.folder), dense.anatomy, statistics, criterion, combine, tokens)
     once = {name: np.arange(size) for name, size in SIZES.items()}
     twice = {name: np.repeat(np.arange(size), 2) for name, size in SIZES.items()}
     fewer = {name: np.zeros(size, dtype=int) for name, size in SIZES.items()}
