@@ -2,7 +2,8 @@
 
 Cells that calibrate on the same scene share one output folder, so that text, statistics, prices and measured losses
 are shared by their content hashes. A cell's result is a file named after the hash of all that it depends on: flags,
-texts, dense model, versions of the stages. A cell that has its file is not run again, whichever study asks for it.
+texts, dense model, versions of the stages. A cell that has its file is not run again, whichever study asks for it; nor
+is one whose hash stands in the JSON of a study beside this one's results, which another machine may have written.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from cusprun.progress import say
 from cusprun.recipe import BUDGET, make_recipe
 from cusprun.stages import VERSIONS
 
+PAGE_FIELDS = {"name", "scenario", "labels"}  # that a study's JSON adds to a result
 CONTEXT = 512  # tokens of an evaluation window, as llama-perplexity has them
 REFIT_ALONE = {"sensitivity", "spend", "refit"}  # stages whose change leaves the other methods' results as they are
 AFTER_PRUNE = {
@@ -93,12 +95,20 @@ class Refused(InvalidRequest):
 
 
 class Grid:
-    """Runs cells and finds their results. ``scenes`` are all that a made text file may be written for."""
+    """Runs cells and finds their results. ``scenes`` are all that a made text file may be written for; ``records`` is
+    a folder of studies' JSON files, whose cells count as run.
+    """
 
     def __init__(
-        self, setup: Setup, cells: Sequence[Cell], scenes: Sequence[Scene], also: tuple[str, Also] | None = None
+        self,
+        setup: Setup,
+        cells: Sequence[Cell],
+        scenes: Sequence[Scene],
+        also: tuple[str, Also] | None = None,
+        records: Path | None = None,
     ) -> None:
         self.setup, self.also = setup, also
+        self.recorded = read_records(records) if records is not None else {}
         self.cells = {cell.name: cell for cell in cells}
         if len(self.cells) < len(cells):
             raise ValueError("two cells of the study have one name")
@@ -116,6 +126,7 @@ class Grid:
         """Runs the cells that have no result, those first that they take their vocabulary from."""
         wanted = self._with_sources(names)
         times: list[float] = []
+        self._write_texts_of_records(wanted)
         for number, name in enumerate(wanted, 1):
             if self.result(self.cells[name]) is not None:
                 say(f"cell {number}/{len(wanted)} {name}: done before, kept")
@@ -133,6 +144,14 @@ class Grid:
             say(f"cell {name}: {times[-1]:.0f} s; about {left * sum(times) / len(times) / 60:.0f} min for {left} more")
             after_each()
 
+    def _write_texts_of_records(self, names: Sequence[str]) -> None:
+        """The texts that the keys of the cells hang on, where a cell of that name has a record."""
+        recorded = {record["cell"] for record in self.recorded.values()}
+        for cell in self.cells.values():
+            if cell.name in recorded or cell.name in names:
+                self.write_texts(cell.scene)
+                self._write_made(cell)
+
     def _with_sources(self, names: Sequence[str]) -> list[str]:
         found: dict[str, None] = {}
         for name in names:
@@ -144,10 +163,7 @@ class Grid:
 
     def run_cell(self, cell: Cell) -> dict[str, Any]:
         """Prunes, measures, writes the result. Raises Refused or Failed with what the command line said."""
-        made = self._made(cell)
-        if made is not None and not made.is_file():
-            calibration = cell.calibration or cell.scene
-            write_made(str(calibration.made), self.scenes[str(calibration.of)], made)
+        self._write_made(cell)
         texts_path = self.write_texts(cell.scene)
         key, flags = self.key(cell), self.flags(cell)
         if key is None or flags is None:
@@ -226,8 +242,10 @@ class Grid:
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """The result of a cell that was run before with the same flags and texts, else None."""
         key = self.key(cell)
-        if key is None or not self._path(key).is_file():
+        if key is None:
             return None
+        if not self._path(key).is_file():
+            return self.recorded.get(key)
         found: dict[str, Any] = json.loads(self._path(key).read_text(encoding="utf-8"))
         return found
 
@@ -277,6 +295,12 @@ class Grid:
             return None
         return made_path(scene.made, self.scenes[scene.of], self.setup.work / "texts", self.setup.window)
 
+    def _write_made(self, cell: Cell) -> None:
+        """The text file made for the cell's calibration, where it has one and that is not written yet."""
+        made, calibration = self._made(cell), cell.calibration or cell.scene
+        if made is not None and not made.is_file():
+            write_made(str(calibration.made), self.scenes[str(calibration.of)], made)
+
     # held-out texts ---------------------------------------------------------------------------------------------------
 
     def texts_path(self, scene: Scene) -> Path:
@@ -293,6 +317,17 @@ class Grid:
                 windows = Path(scratch) / "windows.safetensors"
                 scene.selection(self.setup.window).write(load_tokenizer(self.dense.folder), windows, path)
         return path
+
+
+def read_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """Results of cells by their key, from every JSON file of a study in the folder; other JSON files hold none."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.json")):
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        for record in whole.get("cells", []) if isinstance(whole, dict) else []:
+            if isinstance(record, dict) and {"key", "cell", "texts", "expert"} <= record.keys():
+                found[record["key"]] = {name: value for name, value in record.items() if name not in PAGE_FIELDS}
+    return found
 
 
 def flags_as_words(flags: Mapping[str, Any], names_only: bool = False) -> list[str]:

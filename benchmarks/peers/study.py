@@ -101,8 +101,8 @@ def _run(study: Study, options: argparse.Namespace) -> int:
         options.model, options.work or cache_folder() / "studies", options.tokens, options.window,
         options.eval_tokens, options.questions, _flags(options.flag), options.threads, options.device,
     )  # fmt: skip
-    grid = Grid(setup, cells, scenes, (study.name, study.also) if study.also else None)
     out = options.out or Path("docs/results") / study.name
+    grid = Grid(setup, cells, scenes, (study.name, study.also) if study.also else None, out.parent)
 
     def show(more: tuple[dict[str, Any], list[str]] = ({}, [])) -> None:
         found = {cell.name: grid.result(cell) for cell in cells}

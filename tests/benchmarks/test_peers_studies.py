@@ -180,6 +180,15 @@ def test_an_interrupted_study_goes_on(tmp_path: Path, pico_model: Path, own_text
     assert "`python -m cusprun.benchmarks.peers.methods --model pico-llama --corpus contracts.txt" in page
     assert "| dense |" in page
 
+    # a machine without the cells finds them in the page's JSON, under the same texts and versions
+    elsewhere = command(tmp_path, pico_model, own_text, *wanted)
+    elsewhere[elsewhere.index("--work") + 1] = str(tmp_path / "elsewhere")
+    seeded = subprocess.run(elsewhere, capture_output=True, text=True, timeout=600)
+    assert seeded.returncode == 0, seeded.stderr
+    assert seeded.stderr.count("done before, kept") == 3
+    assert not (tmp_path / "elsewhere" / "experts").exists()
+    assert json.loads((out / "methods.json").read_text(encoding="utf-8"))["cells"] == found["cells"]
+
     # a cell that cannot be is named with its reason, and the others are shown
     failed = subprocess.run(
         command(tmp_path, pico_model, own_text, "--only", "*/kept/0.5/random", "--flag", "align=128", "general=0"),
