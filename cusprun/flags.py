@@ -45,7 +45,7 @@ Combine = Annotated[
     str | None, option("intersection, mixture or max of the dimensions.", "HOW", completion.field("combine"))
 ]
 Widths = Annotated[str | None, option("Where refit cuts: measured, scores or even.", "HOW", completion.field("widths"))]
-Form = Annotated[str | None, option("Refit sequential (default) or parallel.", "FORM", completion.field("form"))]
+Form = Annotated[str | None, option("Refit joint (default), sequential or parallel.", "FORM", completion.field("form"))]
 Vocab = Annotated[
     str | None, option("Tokens that stay: keep, auto (default) or a number.", "TOKENS", completion.vocabularies)
 ]

@@ -13,8 +13,8 @@ RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # of the mean diagonal of th
 START = RIDGES.index(1e-1)
 
 
-def fit(matrix: torch.Tensor, gram: Gram, kept: torch.Tensor) -> torch.Tensor:
-    """The matrix's kept columns at the least-squares optimum, (rows, kept) float32, from the (rows, n) float64.
+def fit(matrix: torch.Tensor, gram: Gram, kept: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """The matrix's kept columns at the least-squares optimum, (rows, kept) float32, from the (rows, n) float64, and α.
 
     The target is the gram's, between that and what all columns give, or the latter alone where it has none. Of RIDGES,
     and of α, the one that leaves the least error across the halves of the windows; columns as they were take part.
@@ -39,10 +39,11 @@ def fit(matrix: torch.Tensor, gram: Gram, kept: torch.Tensor) -> torch.Tensor:
             break
         best = lower
     if sum(half.error(sliced) for half in halves) <= error(best):
-        return sliced.float()
+        return sliced.float(), 0.0
     one, other = halves
     own, change = one.mixed(other, share).solve(sliced, RIDGES[best])
-    return (own + tried[best][1] * change).float()
+    alpha = tried[best][1]
+    return (own + alpha * change).float(), alpha
 
 
 def _across(halves: list[_Problem], sliced: torch.Tensor, ridge: float, targeted: bool) -> tuple[float, float]:

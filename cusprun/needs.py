@@ -15,6 +15,8 @@ TEXTS = 3
 QUESTION_TOKENS = 300
 CUTS = 5  # of a layer, whose losses are measured
 PROFILE_RUNS, PROFILE_TOKENS, PROFILE_START = 40, 600, 2.0  # of each type on a new device; seconds of a start
+JOINT_PASSES = 8  # of the tokens of a step of gate and up: conjugate gradients over most of the FFNs
+JOINT_MATRICES = 12  # of a whole FFN matrix's size, that the step holds
 ROUNDED_SECONDS = 0.6e-6  # of a weight in compensated rounding, beside the passes over its text
 
 
@@ -25,6 +27,7 @@ def minutes(recipe: Recipe, sizes: Sizes, artifacts: bool) -> tuple[float, float
     """
     import torch
 
+    from cusprun.joint import STEP_TOKENS
     from cusprun.sensitivity import TOKENS, WINDOWS
     from cusprun.vocabulary.splits import SAMPLE
 
@@ -37,6 +40,8 @@ def minutes(recipe: Recipe, sizes: Sizes, artifacts: bool) -> tuple[float, float
     gflops = 2 * 512 * 1024 * 1024 / min(times) / 1e9
     # Forward passes of the whole build, in tokens; refit's moments cost about as much as its pass.
     passes = recipe.tokens * (2 if recipe.method == "refit" else 1)
+    if recipe.method == "refit" and recipe.form == "joint":
+        passes += JOINT_PASSES * min(recipe.tokens, STEP_TOKENS)
     if recipe.method == "refit" and recipe.cuts_by == "measured":
         passes += WINDOWS * TOKENS * CUTS * len(sizes.anatomy.layers) // 2  # from its layer on: half of all
     if recipe.vocab != "keep":
@@ -70,6 +75,8 @@ def needs(recipe: Recipe, sizes: Sizes, artifacts: bool) -> tuple[int, int]:
         memory += _if_held(sum(map(anatomy.layer_parameters, anatomy.layers)) * 4)
         widest = max(max(widths.ffn, widths.heads * anatomy.head_dim) for widths in anatomy.layers)
         memory += _if_held(recipe.tokens * widest * 4) + 6 * widest**2 * 8
+        if recipe.form == "joint":  # what every FFN gives, and the step while nothing else of the layer is held
+            memory += hidden + JOINT_MATRICES * anatomy.layers[0].ffn * anatomy.hidden_size * 4
     parameters = 4 * sizes.parameters
     here = recipe.device == "cpu"  # else what is worked on lies on the device
     if recipe.method.startswith("llm-pruner"):  # the whole model, two sums over the samples and one sample's gradient

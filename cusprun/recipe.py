@@ -64,8 +64,10 @@ class Recipe(BaseModel):
     widths: Literal["measured", "scores", "even"] | None = Field(
         None, description="where refit cuts: by measured loss, by Cus-Prun's scores, or the same share everywhere"
     )
-    form: Literal["sequential", "parallel"] = Field(
-        "sequential", description="refit on the compacted prefix against the dense target, or each layer for itself"
+    form: Literal["joint", "sequential", "parallel"] = Field(
+        "joint",
+        description="refit on the compacted prefix, where gate_proj and up_proj move too, or what reads the removed "
+        "neurons alone; or each layer for itself",
     )
     vocab: str = Field("auto", pattern=r"^(keep|auto|[1-9][0-9]*)$", description="tokens that stay")
     ratio: float | None = Field(None, gt=0, lt=1, description="share of all parameters that goes")

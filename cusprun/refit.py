@@ -9,6 +9,8 @@ sequential  x comes from the compacted prefix, and t = (1 - α) W x + α t*, whe
             dense model's values again: α = 0 keeps the layer's function on its new inputs, α = 1 repairs all that the
             layers before it broke, and overfits. Where a norm stands behind the matrix (Gemma), no output before it
             gives those values: t* is what the matrix gives in the dense model.
+joint       sequential, and where many channels of an FFN go what is left of gate_proj and up_proj moves towards t too
+            (:mod:`cusprun.gauss_newton`), after which down_proj is fitted once more.
 
 The ridge λ and α are those that, fitted on either half of the windows, leave the least error on the other.
 """
@@ -19,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,20 +31,24 @@ from cusprun.arithmetic import bfloat16_products
 from cusprun.checkpoint import write_weights
 from cusprun.errors import Failed
 from cusprun.files import folder_written_whole
+from cusprun.gauss_newton import GatedFfn, Windows
 from cusprun.gram import Gram
+from cusprun.joint import fit_jointly
 from cusprun.layerwise import Kind, LayerwiseModel, check_window
 from cusprun.least_squares import fit
 from cusprun.memory import HELD_BYTES
+from cusprun.part import Part, batches
 from cusprun.plan import LayerPlan, Plan, make_plan
 from cusprun.progress import track
 from cusprun.surgeon import choose_columns, choose_groups
 
 DOWN, OUTPUT = "mlp.down_proj", "self_attn.o_proj"
-BATCH_TOKENS = 4096
+GATE, UP = "mlp.gate_proj", "mlp.up_proj"
 MATRICES = {"attention": OUTPUT, "ffn": DOWN}
+JOINT_BELOW = 7 / 8  # of an FFN's channels that stay: with more of them down_proj alone makes up for the others
 
 Action = Literal["keep", "leave out", "fit"]
-Form = Literal["parallel", "sequential"]
+Form = Literal["joint", "sequential", "parallel"]
 Combine = Literal["intersection", "mixture", "max"]
 
 
@@ -53,7 +59,7 @@ def refit(
     windows: Mapping[str, np.ndarray],
     out: Path,
     *,
-    form: Form = "sequential",
+    form: Form = "joint",
     combine: Combine = "mixture",
     device: str = "cpu",
 ) -> Plan:
@@ -77,7 +83,11 @@ class _Streams:
 
     dense: torch.Tensor
     compact: torch.Tensor  # the same object as ``dense`` until the first cut, and always in the parallel form
-    held: list[torch.Tensor] = field(default_factory=list)
+    held: list[torch.Tensor] = field(default_factory=list)  # inputs of the matrix at hand, of the compacted stream
+    given: list[torch.Tensor] = field(default_factory=list)  # what all of the FFN gives there, (n, window, hidden)
+    wanted: list[torch.Tensor] = field(
+        default_factory=list
+    )  # what it gives in the dense model, where that is the target
 
 
 class _Refit:
@@ -125,8 +135,14 @@ class _Refit:
             for kind, action in parts.items():
                 if action == "fit" and after is not None:
                     columns = after.heads * self.model.anatomy.head_dim if kind == "attention" else after.ffn
-                    sizes[f"{prefix}{MATRICES[kind]}.weight"] = rows * columns
+                    names = [GATE, UP, DOWN] if kind == "ffn" and self._is_joint(index) else [MATRICES[kind]]
+                    sizes |= {f"{prefix}{name}.weight": rows * columns for name in names}
         return sizes
+
+    def _is_joint(self, index: int) -> bool:
+        """Whether gate and up of the layer move too."""
+        before, after = self.model.anatomy.layers[index], self.widths[index]
+        return self.form == "joint" and after is not None and 0 < after.ffn < JOINT_BELOW * before.ffn
 
     @torch.no_grad()
     def run(self, chosen: list[LayerPlan]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -152,9 +168,10 @@ class _Refit:
                 with self._part(index, kind) as part:
                     self._leave_out(part)
                 continue
+            joint = kind == "ffn" and self._is_joint(index)
             with self._part(index, kind) as part:
                 matrix = part.matrix
-                moments = self._moments(part, matrix.shape[1])
+                moments = self._moments(part, matrix.shape[1], joint)
             judges, agreement = (gram.mean(0, 1) for gram in moments.values()), self._agreement()
             if kind == "attention":
                 kept[kind] = choose_groups(matrix, judges, [after.kv_heads], run, agreement)[0]
@@ -162,124 +179,119 @@ class _Refit:
             else:
                 kept[kind] = choose_columns(matrix, judges, [after.ffn], agreement)[0]
                 columns = torch.tensor(kept[kind])
-            fitted = fit(matrix, _total(moments), columns)
-            yield f"{self.model.anatomy.prefix(index)}{MATRICES[kind]}.weight", fitted
-            if self.form == "sequential":
+            fitted, alpha = fit(matrix, _total(moments), columns)
+            prefix = self.model.anatomy.prefix(index)
+            if joint:
+                with self._part(index, kind) as part:
+                    ffn = self._improve(part, part.narrowed(columns, fitted), alpha)
+                    self._replace_ffn(part, ffn)
+                for name, tensor in ((GATE, ffn.gate), (UP, ffn.up), (DOWN, ffn.down)):
+                    yield f"{prefix}{name}.weight", tensor.cpu()
+                continue
+            yield f"{prefix}{MATRICES[kind]}.weight", fitted
+            if self.form != "parallel":
                 with self._part(index, kind) as part:
                     self._replace(part, columns, fitted)
         chosen.append(LayerPlan(tuple(kept["ffn"]), tuple(kept["attention"])))
 
     @contextmanager
-    def _part(self, index: int, kind: Kind) -> Iterator[_Part]:
+    def _part(self, index: int, kind: Kind) -> Iterator[Part]:
         """The part with its weights; these leave memory after, before moments are worked on."""
         with self.model.layer(index) as layer:
-            yield _Part(self.model, layer, kind)
+            yield Part(self.model, layer, kind)
 
     # the three things that can happen to a part of a layer ------------------------------------------------------------
 
-    def _keep(self, part: _Part) -> None:
+    def _keep(self, part: Part) -> None:
         """Both streams go through the part as it is."""
         for streams in self.streams.values():
             for states in {id(states): states for states in (streams.dense, streams.compact)}.values():
-                for batch in _batches(states):
+                for batch in batches(states):
                     batch += part.added(batch)
 
-    def _leave_out(self, part: _Part) -> None:
+    def _leave_out(self, part: Part) -> None:
         """The dense stream goes through the part, the compacted one passes by."""
         for streams in self.streams.values():
-            if self.form == "sequential" and streams.compact is streams.dense:
+            if self.form != "parallel" and streams.compact is streams.dense:
                 streams.compact = streams.dense.clone()
-            for batch in _batches(streams.dense):
+            for batch in batches(streams.dense):
                 batch += part.added(batch)
 
-    def _moments(self, part: _Part, columns: int) -> dict[str, Gram]:
+    def _moments(self, part: Part, columns: int, joint: bool) -> dict[str, Gram]:
         """Takes the dense stream through the part, and the moments of the compacted stream's inputs with targets.
 
-        The inputs are held for :meth:`_replace` where they are few.
+        What the part gives is held where ``joint``, else the inputs, for :meth:`_replace`, where they are few.
         """
-        sequential = self.form == "sequential"
+        sequential = self.form != "parallel"
         rows = self.model.anatomy.hidden_size if sequential else None
         moments: dict[str, Gram] = {}
-        hold = sequential and self.tokens * columns * 4 + 6 * columns**2 * 8 <= HELD_BYTES
+        hold = sequential and not joint and self.tokens * columns * 4 + 6 * columns**2 * 8 <= HELD_BYTES
         for name, streams in self.streams.items():
             gram = moments.setdefault(name if self.combine != "mixture" else "mixture", Gram.empty(columns, rows))
             apart = streams.compact is not streams.dense
             if sequential and not apart:
                 streams.compact = streams.dense.clone()
             window, start = streams.dense.shape[1], 0
-            for dense, compact in zip(_batches(streams.dense), _batches(streams.compact), strict=True):
+            for dense, compact in zip(batches(streams.dense), batches(streams.compact), strict=True):
                 inputs, given = part(dense)
                 dense += part.behind(given)
+                target = given
                 if apart:
-                    inputs, _ = part(compact)
-                target = given if part.normed else dense - compact
+                    inputs, given = part(compact)
+                if joint:
+                    streams.given.append(given - part.bias)
+                    streams.wanted += [target - part.bias] if part.normed else []
+                if not part.normed:
+                    target = dense - compact
                 gram.add_windows(inputs, start, window, (target - part.bias).flatten(0, 1) if sequential else None)
                 start += len(dense)
                 if hold:
                     streams.held.append(inputs)
         return moments
 
-    def _replace(self, part: _Part, columns: torch.Tensor, fitted: torch.Tensor) -> None:
+    def _replace(self, part: Part, columns: torch.Tensor, fitted: torch.Tensor) -> None:
         """Takes the compacted stream through the part with only the kept columns, at their new values."""
         fitted = fitted.to(self.model.device)
         for streams in self.streams.values():
             held = iter(streams.held)
-            for compact in _batches(streams.compact):
+            for compact in batches(streams.compact):
                 inputs = next(held, None)
                 if inputs is None:
                     inputs, _ = part(compact)
                 compact += part.behind(inputs[:, columns] @ fitted.T + part.bias).unflatten(0, compact.shape[:2])
             streams.held = []
 
+    def _improve(self, part: Part, ffn: GatedFfn, alpha: float) -> GatedFfn:
+        """The narrowed FFN with gate, up and down nearer to (1 - α) W x + α t*; as it was where that does not help.
+
+        What :meth:`_moments` held becomes the targets.
+        """
+        for streams in self.streams.values():
+            for number, (dense, compact) in enumerate(
+                zip(batches(streams.dense), batches(streams.compact), strict=True)
+            ):
+                wanted = streams.wanted[number] if part.normed else dense - compact - part.bias
+                streams.given[number].lerp_(wanted, alpha)
+            streams.wanted = []
+
+        def windows() -> Iterator[Windows]:
+            for streams in self.streams.values():
+                for compact, target in zip(batches(streams.compact), streams.given, strict=True):
+                    yield Windows(part.read(compact), target)
+
+        better = fit_jointly(ffn, windows)
+        for streams in self.streams.values():
+            streams.given = []
+        return better
+
+    def _replace_ffn(self, part: Part, ffn: GatedFfn) -> None:
+        """Takes the compacted stream through the part with the narrowed FFN in place of its own."""
+        for streams in self.streams.values():
+            for compact in batches(streams.compact):
+                compact += part.behind(ffn(part.read(compact)) + part.bias)
+
     def _agreement(self) -> Literal["intersection", "max"]:
         return "max" if self.combine == "max" else "intersection"
-
-
-class _Part:
-    """Attention or FFN of a loaded layer: hidden states in; what its last matrix takes and gives out.
-
-    ``normed`` says that what it gives is normed before it is added to the residual stream.
-    """
-
-    def __init__(self, model: LayerwiseModel, layer: Any, kind: Kind) -> None:
-        self.model, self.layer, self.kind = model, layer, kind
-        last = layer.self_attn.o_proj if kind == "attention" else layer.mlp.down_proj
-        self.bias = 0.0 if last.bias is None else last.bias
-        family = model.anatomy.family
-        self.normed = (family.attention_norm_behind if kind == "attention" else family.ffn_norm_behind) is not None
-        self._last = last
-
-    @property
-    def matrix(self) -> torch.Tensor:
-        """The last matrix, (hidden, columns) float64 on the CPU."""
-        weight: torch.Tensor = self._last.weight
-        return weight.double().cpu()
-
-    def __call__(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``states`` is (n, window, hidden); returns (n * window, columns) and (n, window, hidden)."""
-        seen: list[torch.Tensor] = []
-        handle = self._last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1).float()))
-        try:
-            run = self.model.attention if self.kind == "attention" else self.model.ffn
-            given = run(self.layer, states)
-        finally:
-            handle.remove()
-        return seen[0], given.float()
-
-    def added(self, states: torch.Tensor) -> torch.Tensor:
-        """What goes into the residual stream at ``states``, (n, window, hidden)."""
-        return self.behind(self(states)[1])
-
-    def behind(self, given: torch.Tensor) -> torch.Tensor:
-        """What goes into it where the last matrix gives ``given``, (…, hidden)."""
-        return self.model.behind(self.layer, self.kind, given)
-
-
-def _batches(states: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Views of some windows at a time."""
-    step = max(1, BATCH_TOKENS // states.shape[1])
-    for start in range(0, len(states), step):
-        yield states[start : start + step]
 
 
 def _total(moments: Mapping[str, Gram]) -> Gram:

@@ -31,7 +31,7 @@ VERSIONS = {
     "retext": 1,
     "statistics": 2,
     "plan": 3,
-    "refit": 3,
+    "refit": 4,
     "compacted": 1,
     "model": 2,
     "imatrix": 1,

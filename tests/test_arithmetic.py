@@ -36,6 +36,19 @@ def test_a_fast_layer_is_near_and_gives_float32(pico_model: Path, monkeypatch: p
     assert 0 < float((fast - plain).norm() / plain.norm()) < 0.01
 
 
+@pytest.mark.parametrize("units", ["amx_bf16", "avx512_bf16", None])
+def test_units_are_those_that_the_processor_names(units: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"amx_bf16": False, "avx512_bf16": False, "avx2": True} | ({units: True} if units else {})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    arithmetic.has_bfloat16_units.cache_clear()
+    try:
+        assert arithmetic.has_bfloat16_units() is (units is not None)
+        assert arithmetic.product_type("cpu") == (torch.bfloat16 if units else torch.float32)
+        assert arithmetic.product_type("cuda") == torch.float32
+    finally:
+        arithmetic.has_bfloat16_units.cache_clear()
+
+
 def test_precision_of_products_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arithmetic, "has_bfloat16_units", lambda: True)
     before = torch.get_float32_matmul_precision()

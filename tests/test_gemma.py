@@ -139,7 +139,7 @@ def test_a_narrower_part_costs_what_the_refitted_model_loses(
     assert 0 < max(factors) < 1.3 * min(factors)
 
 
-@pytest.mark.parametrize("form", ["parallel", "sequential"])
+@pytest.mark.parametrize("form", ["parallel", "sequential", "joint"])
 def test_a_refitted_model_is_nearer_to_the_dense_one(tmp_path: Path, folder: Path, form: Form) -> None:
     import shutil
 

@@ -65,7 +65,7 @@ def test_the_ridge_and_alpha_are_those_of_the_full_search() -> None:
             if best is None or total < best[0]:
                 best = total, ridged(matrix, x, target, ridge, float(alpha))
     assert best is not None
-    found = fit(matrix, gram_of(x, target), KEPT)
+    found, _ = fit(matrix, gram_of(x, target), KEPT)
     torch.testing.assert_close(found.double(), best[1], rtol=0.02, atol=0.02 * float(best[1].abs().max()))
     assert 0 < START < len(RIDGES) - 1
 
@@ -89,7 +89,7 @@ def test_fitting_beats_slicing_on_text_that_it_did_not_see() -> None:
     mixing, matrix = random(8, 16), random(6, 16)
     seen, unseen = (random(1024, 8) @ mixing + 0.3 * random(1024, 16) for _ in range(2))
     kept = torch.tensor(choose_columns(matrix, [moments_of(seen)], [10])[0])
-    fitted = fit(matrix, gram_of(seen), kept)
+    fitted, _ = fit(matrix, gram_of(seen), kept)
     wanted = unseen @ matrix.T
     assert error(wanted, unseen, kept, fitted) < 0.7 * error(wanted, unseen, kept, matrix[:, kept])
 
@@ -98,7 +98,7 @@ def test_with_few_tokens_fitting_is_no_worse_than_slicing() -> None:
     """Noise alone: nothing is to be learnt, and cross-validation finds that out."""
     seen, unseen, matrix = random(128, 24), random(4000, 24), random(6, 24)
     kept = torch.arange(0, 24, 2)
-    fitted, wanted = fit(matrix, gram_of(seen), kept), unseen @ matrix.T
+    fitted, wanted = fit(matrix, gram_of(seen), kept)[0], unseen @ matrix.T
     assert error(wanted, unseen, kept, fitted) < 1.15 * error(wanted, unseen, kept, matrix[:, kept])
 
 
@@ -107,7 +107,7 @@ def test_a_target_that_can_be_learnt_is() -> None:
     wrong[:, [1, 4, 5, 6, 8, 10]] = 0
     target = x @ (matrix + wrong).T
     wanted = unseen @ (matrix + wrong).T
-    repaired, own = fit(matrix, gram_of(x, target), KEPT), fit(matrix, gram_of(x), KEPT)
+    repaired, own = fit(matrix, gram_of(x, target), KEPT)[0], fit(matrix, gram_of(x), KEPT)[0]
     assert error(wanted, unseen, KEPT, repaired) < 0.8 * error(wanted, unseen, KEPT, own)
 
 
@@ -116,9 +116,9 @@ def test_a_target_of_noise_is_left_alone() -> None:
     x, unseen, matrix = random(256, 12), random(4000, 12), random(5, 12)
     target = x @ matrix.T + 20 * random(256, 5)
     wanted = unseen @ matrix.T
-    own = fit(matrix, gram_of(x), KEPT)
+    own, _ = fit(matrix, gram_of(x), KEPT)
     full = torch.linalg.lstsq(x[:, KEPT], target).solution.T  # what trusting the target would give
-    found = error(wanted, unseen, KEPT, fit(matrix, gram_of(x, target), KEPT))
+    found = error(wanted, unseen, KEPT, fit(matrix, gram_of(x, target), KEPT)[0])
     trusting, careful = error(wanted, unseen, KEPT, full), error(wanted, unseen, KEPT, own)
     assert found - careful < 0.3 * (trusting - careful)
 
@@ -126,12 +126,12 @@ def test_a_target_of_noise_is_left_alone() -> None:
 def test_dead_channels_break_nothing() -> None:
     x, matrix = correlated(256, 12), random(4, 12)
     x[:, [1, 4, 6]] = 0
-    assert torch.isfinite(fit(matrix, gram_of(x), torch.tensor([0, 1, 4, 6, 7]))).all()
+    assert torch.isfinite(fit(matrix, gram_of(x), torch.tensor([0, 1, 4, 6, 7]))[0]).all()
 
 
 def test_ridges_are_positive_and_what_all_columns_keep_is_not_touched() -> None:
     matrix = random(4, 6)
-    torch.testing.assert_close(fit(matrix, gram_of(random(128, 6)), torch.arange(6)), matrix.float())
+    torch.testing.assert_close(fit(matrix, gram_of(random(128, 6)), torch.arange(6))[0], matrix.float())
     assert min(RIDGES) > 0
 
 

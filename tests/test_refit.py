@@ -37,7 +37,7 @@ IDS = np.random.default_rng(4).integers(3, 400, size=(28, 64))
 SEEN, UNSEEN = IDS[:24], torch.from_numpy(IDS[24:])
 
 
-@pytest.mark.parametrize("form", ["parallel", "sequential"])
+@pytest.mark.parametrize("form", ["parallel", "sequential", "joint"])
 @pytest.mark.parametrize("settings", [{}, {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}])
 def test_a_refitted_model_is_nearer_to_the_dense_one(tmp_path: Path, settings: dict[str, object], form: Form) -> None:
     folder = pico.save_model(tmp_path / "dense", **settings)
@@ -53,7 +53,7 @@ def test_a_refitted_model_is_nearer_to_the_dense_one(tmp_path: Path, settings: d
     assert repaired < 0.5 * sliced
 
 
-@pytest.mark.parametrize("form", ["parallel", "sequential"])
+@pytest.mark.parametrize("form", ["parallel", "sequential", "joint"])
 @pytest.mark.parametrize("combine", ["mixture", "intersection", "max"])
 def test_layers_and_attention_blocks_may_go_in_every_combination(tmp_path: Path, form: Form, combine: str) -> None:
     folder = pico.save_model(tmp_path / "dense")

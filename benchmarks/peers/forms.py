@@ -1,4 +1,5 @@
-"""refit layer by layer on the compacted prefix against each layer for itself, judged on calibration-side text.
+"""refit with gate and up moving too, with what reads the removed neurons alone, and each layer for itself, judged on
+calibration-side text.
 
     python -m cusprun.benchmarks.peers.forms
 
@@ -15,7 +16,7 @@ from cusprun.benchmarks.peers.study import Study, main_of
 from cusprun.benchmarks.peers.study_page import ASIDE, Row, percent, show
 from cusprun.benchmarks.peers.study_picture import bars
 
-FORMS = ("sequential", "parallel")
+FORMS = ("joint", "sequential", "parallel")
 RATIOS = (0.25, 0.5)
 FEWER = 4  # the second budget of calibration tokens is the first over this
 
@@ -38,26 +39,26 @@ def cells(scenes: Sequence[Scene], tokens: int) -> list[Cell]:
 def sentences(rows: Sequence[Row]) -> list[str]:
     by = {(row.scene, row["ratio"], row["tokens"], row["form"]): row for row in rows}
     said = []
-    for (scene, ratio, tokens, form), sequential in by.items():
-        parallel = by.get((scene, ratio, tokens, "parallel"))
-        if form != "sequential" or parallel is None:
-            continue
-        own, other = sequential.increase(ASIDE), parallel.increase(ASIDE)
-        if own is None or other is None:
-            continue
-        verdict = "met" if own <= other else "not met"
-        said.append(
-            f"{scene}, {show('ratio', ratio)}, {tokens:,} tokens: on the text set aside sequential {percent(own)}, "
-            f"parallel {percent(other)}; never worse than parallel: {verdict}."
-        )
+    for (scene, ratio, tokens, form), row in by.items():
+        for simpler in FORMS[FORMS.index(form) + 1 :]:
+            beside = by.get((scene, ratio, tokens, simpler))
+            own, other = row.increase(ASIDE), beside and beside.increase(ASIDE)
+            if own is None or other is None:
+                continue
+            verdict = "met" if own <= other else "not met"
+            said.append(
+                f"{scene}, {show('ratio', ratio)}, {tokens:,} tokens: on the text set aside {form} {percent(own)}, "
+                f"{simpler} {percent(other)}; never worse than {simpler}: {verdict}."
+            )
     return said
 
 
 STUDY = Study(
     name="forms",
-    title="refit, sequential and parallel",
+    title="refit, joint, sequential and parallel",
     about="refit with measured widths, vocabulary kept: each layer refitted on what the compacted layers before it "
-    "give, or on what the dense model gives.",
+    "give, gate_proj and up_proj of narrow FFNs too (joint) or not (sequential), or on what the dense model gives "
+    "(parallel).",
     cells=cells,
     groups=("ratio",),
     columns=("tokens", "form"),

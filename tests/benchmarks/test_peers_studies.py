@@ -248,8 +248,11 @@ def test_equal_widths_and_forms() -> None:
     rows = [as_row(cell, figures(cell, 1.08 if cell.labels["widths"] == "measured" else 1.10)) for cell in cells]
     assert "20 % less; at least 15 % less: met" in "\n".join(widths.sentences(rows))
     cells = forms.cells([EN_LEGAL_QA], 65536)
-    rows = [as_row(cell, figures(cell, 1.09 if cell.labels["form"] == "sequential" else 1.08)) for cell in cells]
-    assert "never worse than parallel: not met" in "\n".join(forms.sentences(rows))
+    bits = {"joint": 1.07, "sequential": 1.09, "parallel": 1.08}
+    said = "\n".join(forms.sentences([as_row(cell, figures(cell, bits[cell.labels["form"]])) for cell in cells]))
+    assert "set aside joint +7.0 %, sequential +9.0 %; never worse than sequential: met" in said
+    assert "set aside joint +7.0 %, parallel +8.0 %; never worse than parallel: met" in said
+    assert "set aside sequential +9.0 %, parallel +8.0 %; never worse than parallel: not met" in said
 
 
 def test_text_that_was_too_short_is_said() -> None:

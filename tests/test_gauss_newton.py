@@ -1,0 +1,145 @@
+"""Gauss-Newton on gate and up: derivatives are those of autograd, a narrowed FFN gets nearer on text it did not see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.func import jvp, vjp
+
+from cusprun import arithmetic, gauss_newton
+from cusprun.gauss_newton import DAMPING, GatedFfn, Step, Windows, _Problem, improve, judged
+from cusprun.joint import fit_jointly
+
+HIDDEN, CHANNELS, TOKENS = 12, 32, 48
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arithmetic, "has_bfloat16_units", lambda: False)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def ffn_of(channels: int, activation: Activation = torch.nn.functional.silu, *, biased: bool = False) -> GatedFfn:
+    gate, up = random(channels, HIDDEN, seed=1), random(channels, HIDDEN, seed=2)
+    biases = (random(channels, seed=3), random(channels, seed=4)) if biased else (None, None)
+    return GatedFfn(gate, up, random(HIDDEN, channels, seed=5), *biases, activation)
+
+
+def narrowed(ffn: GatedFfn, kept: int) -> GatedFfn:
+    """The first channels, with a down that makes up for the others on many tokens."""
+    part = replace(ffn, gate=ffn.gate[:kept], up=ffn.up[:kept])
+    x = random(4096, HIDDEN, seed=9)
+    return replace(part, down=torch.linalg.lstsq(part.inner(x), ffn(x)).solution.T.contiguous())
+
+
+def windows_of(teacher: GatedFfn, seeds: range, noise: float = 0.0) -> Callable[[], Iterator[Windows]]:
+    """Batches of eight windows with what the teacher gives for them."""
+
+    def batches() -> Iterator[Windows]:
+        for seed in seeds:
+            x = random(8, TOKENS, HIDDEN, seed=100 + seed)
+            targets = teacher(x.flatten(0, 1)) + noise * random(8 * TOKENS, HIDDEN, seed=200 + seed)
+            yield Windows(x, targets.view(8, TOKENS, HIDDEN))
+
+    return batches
+
+
+def error(ffn: GatedFfn, batches: Callable[[], Iterator[Windows]]) -> float:
+    return sum(
+        float((each.targets.flatten(0, 1) - ffn(each.inputs.flatten(0, 1))).square().sum()) for each in batches()
+    )
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    "activation", [torch.nn.functional.silu, lambda x: torch.nn.functional.gelu(x, approximate="tanh")]
+)
+def test_right_side_and_curvature_are_those_of_autograd(activation: Activation, biased: bool) -> None:
+    teacher = ffn_of(CHANNELS, activation, biased=biased)
+    ffn = ffn_of(20, activation, biased=biased)
+    batches = windows_of(teacher, range(2))
+    problem = _Problem(ffn, batches)
+    x, targets = (torch.cat(parts) for parts in zip(*(each.fitted for each in batches()), strict=True))
+
+    def outputs(up: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return replace(ffn, up=up, gate=gate)(x)
+
+    given, pull = vjp(outputs, ffn.up, ffn.gate)
+    right = pull(targets - given)
+    way = Step(random(20, HIDDEN, seed=7), random(20, HIDDEN, seed=8))
+    _, change = jvp(outputs, (ffn.up, ffn.gate), (way.up, way.gate))
+    bent = pull(change)
+    found = problem.curvature(way)
+    eased = problem.precondition(way)
+    for name, one, other in (("up", *right[:1], *bent[:1]), ("gate", *right[1:], *bent[1:])):
+        torch.testing.assert_close(getattr(problem.right, name), one, rtol=1e-3, atol=1e-2)
+        scale, along = getattr(problem.scale, name), getattr(way, name)
+        damping = DAMPING * scale * (along @ problem.inputs)
+        torch.testing.assert_close(getattr(found, name) - damping, other, rtol=1e-3, atol=1e-1)
+        torch.testing.assert_close(scale * (getattr(eased, name) @ problem.inputs), along, rtol=1e-3, atol=1e-3)
+
+
+def test_enough_iterations_solve_the_damped_equations() -> None:
+    ffn, batches = ffn_of(6), windows_of(ffn_of(CHANNELS), range(2))
+    for step in gauss_newton._steps(ffn, batches, 400):
+        last = step
+    problem = _Problem(ffn, batches)
+    bent = problem.curvature(last)
+    assert problem.right.plus(bent, -1.0).dot(problem.right) < 1e-3 * problem.right.dot(problem.right)
+    torch.testing.assert_close(bent.up, problem.right.up, rtol=2e-2, atol=2e-2 * float(problem.right.up.abs().max()))
+
+
+def test_a_narrowed_ffn_gets_nearer_on_text_that_it_did_not_see() -> None:
+    teacher = ffn_of(CHANNELS)
+    ffn, seen, unseen = narrowed(teacher, 20), windows_of(teacher, range(8)), windows_of(teacher, range(50, 54))
+    stepped, whole = improve(ffn, seen), fit_jointly(ffn, seen)
+    assert error(stepped, unseen) < 0.9 * error(ffn, unseen)
+    assert error(whole, unseen) < error(stepped, unseen)
+    assert judged(whole, seen) < judged(ffn, seen)
+
+
+def test_noise_is_not_learnt() -> None:
+    """Two batches whose targets are mostly noise: further steps would fit that."""
+    teacher = ffn_of(CHANNELS)
+    ffn, unseen = narrowed(teacher, 30), windows_of(teacher, range(50, 54))
+    found = fit_jointly(ffn, windows_of(teacher, range(2), noise=200.0))
+    assert error(found, unseen) < 1.5 * error(ffn, unseen)
+    many = list(gauss_newton._steps(ffn, windows_of(teacher, range(2), noise=200.0), 40))
+    assert error(ffn.moved(many[-1]), unseen) > 3 * error(ffn, unseen)
+
+
+def test_it_stays_as_it_is_where_nothing_can_be_judged_or_gained() -> None:
+    teacher = ffn_of(CHANNELS)
+
+    def single() -> Iterator[Windows]:
+        for each in windows_of(teacher, range(3))():
+            yield Windows(each.inputs[:1], each.targets[:1])
+
+    ffn = narrowed(teacher, 20)
+    assert fit_jointly(ffn, single) is ffn  # no window is left to fit
+    assert fit_jointly(teacher, windows_of(teacher, range(2))) is teacher  # it gives what is wanted
+
+
+def test_factors_that_are_not_held_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = ffn_of(CHANNELS)
+    ffn, batches = narrowed(teacher, 20), windows_of(teacher, range(4))
+    held = improve(ffn, batches)
+    monkeypatch.setattr(gauss_newton, "HELD_BYTES", 7 * TOKENS * (HIDDEN + 2 * 20) * 4 + 1)  # the first batch's
+    again = improve(ffn, batches)
+    assert torch.equal(held.gate, again.gate)
+    assert torch.equal(held.up, again.up)
+
+
+def test_dead_channels_break_nothing() -> None:
+    teacher = ffn_of(CHANNELS)
+    ffn = narrowed(teacher, 20)
+    ffn.gate[3], ffn.up[3], ffn.down[:, 4] = 0.0, 0.0, 0.0
+    found = fit_jointly(ffn, windows_of(teacher, range(4)))
+    assert all(torch.isfinite(each).all() for each in (found.gate, found.up, found.down))
