@@ -65,16 +65,17 @@ def interpolate(levels: Sequence[float], losses: Sequence[float], wanted: Sequen
     return found
 
 
-def solve(groups: Sequence[Sequence[Choice]], ranges: Sequence[Range]) -> list[int]:
+def solve(groups: Sequence[Sequence[Choice]], ranges: Sequence[Range], gap: float | None = None) -> list[int]:
     """The choice of every group, by number: least total loss with every amount's sum in its range.
 
-    Raises Infeasible where there are no such choices.
+    ``gap`` is the share of the loss by which the best may be missed; WIDE_GAP where only upper ends are given and it is
+    not, else GAP. Raises Infeasible where there are no such choices.
     """
     if any(bound.low > -np.inf for bound in ranges):
-        return _Program(groups, ranges).least_loss()
+        return _Program(groups, ranges, gap or GAP).least_loss()
     kept = [worthwhile(group) for group in groups]
     fewer = [[group[place] for place in places] for group, places in zip(groups, kept, strict=True)]
-    chosen = _Program(fewer, ranges, WIDE_GAP).least_loss()
+    chosen = _Program(fewer, ranges, gap or WIDE_GAP).least_loss()
     return [places[number] for places, number in zip(kept, chosen, strict=True)]
 
 

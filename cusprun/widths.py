@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 
 from cusprun.anatomy import Anatomy, LayerWidths
 from cusprun.anatomy.structure import MIN_FFN
 from cusprun.errors import InvalidRequest
-from cusprun.program import Choice, Infeasible, Range, interpolate, reach, solve
+from cusprun.program import GAP, Choice, Infeasible, Range, interpolate, reach, solve, sums
 from cusprun.sensitivity import LayerSensitivity
 
 TOLERANCES = (0.0025, 0.01, 0.03)  # of what the dense model weighs, either way; the wider ones for coarse models
@@ -112,12 +113,24 @@ class Offers:
 def _solve(offered: Sequence[Sequence[Choice]], target: float, whole: float) -> list[int]:
     for tolerance in (share * whole for share in TOLERANCES):
         with suppress(Infeasible):  # no widths so near to the target
-            return solve(offered, [Range(target - tolerance, target + tolerance)])
+            return _least_loss(offered, target - tolerance, target + tolerance)
     least, most = reach(offered, 0)
     raise InvalidRequest(
         f"no choice of widths removes {target:,.0f} ± {TOLERANCES[-1] * whole:,.0f}; they remove {least:,.0f} to "
         f"{most:,.0f}"
     )
+
+
+def _least_loss(offered: Sequence[Sequence[Choice]], low: float, high: float) -> list[int]:
+    """The choices that remove from ``low`` to ``high``. Raises Infeasible where none do.
+
+    The least loss is where little more than ``low`` goes, and without the other end far fewer choices are worth while.
+    """
+    taken = [[Choice(choice.loss, (-choice.amounts[0],)) for choice in group] for group in offered]
+    chosen = solve(taken, [Range(-inf, -low)], GAP)
+    if -sums(taken, chosen)[0] <= high:
+        return chosen
+    return solve(offered, [Range(low, high)], GAP)  # the models are so coarse that the end that is left out binds
 
 
 Option = tuple[LayerWidths | None, float]

@@ -14,6 +14,7 @@ import pytest
 
 from cusprun.anatomy import describe
 from cusprun.files import sha256_file
+from cusprun.program import TIME_LIMIT
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 SCENARIO = ["--lang", "en", "--domain", "legal", "--task", "qa"]
@@ -56,6 +57,8 @@ def test_a_quarter_of_all_parameters_goes_rows_of_the_vocabulary_among_them(expe
     assert card["expert"]["vocabulary"] == card["method"]["vocabulary"]["expert"] == anatomy.vocab_size
     assert len(set(anatomy.layers)) > 1
     assert card["method"]["predicted_nats_per_token"] > 0
+    spent = json.loads((expert / ".stages" / "spend.json").read_text())["seconds"]
+    assert spent < TIME_LIMIT / 2  # at the limit the widths would be those that this machine found by then
 
 
 def test_the_loss_is_a_fraction_of_what_slicing_alone_loses(report: dict[str, Any]) -> None:

@@ -8,8 +8,9 @@ import pytest
 
 from cusprun.anatomy import Anatomy, LayerWidths, describe
 from cusprun.errors import InvalidRequest
+from cusprun.program import Choice
 from cusprun.sensitivity import LayerSensitivity, ffn_levels, head_levels
-from cusprun.widths import RowsChoice, solve_widths
+from cusprun.widths import RowsChoice, _solve, solve_widths
 
 
 @pytest.fixture
@@ -104,3 +105,10 @@ def test_widths_below_the_narrowest_measured_are_not_offered(anatomy: Anatomy) -
 def test_json_round_trip(anatomy: Anatomy) -> None:
     for layer in sensitivities(anatomy, [1.0, 0.2, 0.3]):
         assert LayerSensitivity.from_json(layer.to_json()) == layer
+
+
+def test_the_end_that_rarely_binds_still_holds() -> None:
+    """The least loss for the lower end alone removes far too much here: the other group goes instead."""
+    groups = [[Choice(0.0, (0.0,)), Choice(1.0, (100.0,))], [Choice(0.0, (0.0,)), Choice(2.0, (60.0,))]]
+    assert _solve(groups, 60, 2000) == [0, 1]  # within 5 either way
+    assert _solve(groups, 100, 2000) == [1, 0]
