@@ -264,6 +264,8 @@ class Grid:
             if contents[name] is None:
                 del contents[name]
         contents["widths"] = recipe.cuts_by if recipe.method == "refit" else None
+        if recipe.method != "refit":  # the form decides nothing there: the key of when this was the default
+            contents["form"] = "sequential"
         apart = LATER if recipe.method == "refit" else LATER | REFIT_ALONE
         versions = {stage: number for stage, number in VERSIONS.items() if stage not in apart}
         measured = [CONTEXT, self.setup.eval_tokens, self.setup.questions, self.also and self.also[0]]

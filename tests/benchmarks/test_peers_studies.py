@@ -24,7 +24,7 @@ from cusprun.benchmarks.peers import (
     tokens,
     widths,
 )
-from cusprun.benchmarks.peers.grid import Cell, flags_as_words
+from cusprun.benchmarks.peers.grid import Cell, Grid, Setup, flags_as_words
 from cusprun.benchmarks.peers.scenes import EN_LEGAL_QA, MADE, made_scene, own_scene
 from cusprun.benchmarks.peers.study import Study, Telling, chosen, parse, run_study
 from cusprun.benchmarks.peers.study_page import ASIDE, Row, as_row, write_pages
@@ -197,6 +197,21 @@ def test_an_interrupted_study_goes_on(tmp_path: Path, pico_model: Path, own_text
     assert failed.returncode == 1
     assert "did not come out" in failed.stderr
     assert "`contracts/kept/0.5/random` did not come out: " in (out / "methods.md").read_text(encoding="utf-8")
+
+
+def test_the_form_of_refit_is_in_no_other_method_s_key(tmp_path: Path, pico_model: Path, own_text: Path) -> None:
+    scene = own_scene(own_text)
+    cells = [
+        Cell(f"{method}/{form}", scene, {"method": method, "ratio": 0.25, "form": form}, {})
+        for method in ("refit", "magnitude")
+        for form in ("joint", "sequential")
+    ]
+    grid = Grid(Setup(str(pico_model), tmp_path, 2048, 64, 1024, 0), cells, [scene])
+    grid.write_texts(scene)
+    keys = [grid.key(cell) for cell in cells]
+    assert None not in keys
+    assert keys[0] != keys[1]
+    assert keys[2] == keys[3]
 
 
 # pages ----------------------------------------------------------------------------------------------------------------
