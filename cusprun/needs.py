@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from cusprun.dense import Sizes
 from cusprun.formats import bits_of, rounding_of
 from cusprun.memory import HELD_BYTES
 from cusprun.recipe import ROUNDING_STRIDE, Recipe
+
+if TYPE_CHECKING:
+    import torch
 
 # For the rough time alone: what whole-model passes reach of one matrix product's speed, and what is measured.
 EFFICIENCY = 0.6
@@ -27,37 +31,47 @@ def minutes(recipe: Recipe, sizes: Sizes, artifacts: bool) -> tuple[float, float
     """
     import torch
 
+    from cusprun.arithmetic import product_type
     from cusprun.joint import STEP_TOKENS
     from cusprun.sensitivity import TOKENS, WINDOWS
     from cusprun.vocabulary.splits import SAMPLE
 
-    a, b = torch.ones(512, 1024), torch.ones(1024, 1024)
-    times = []
-    for _ in range(10):
-        start = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - start)
-    gflops = 2 * 512 * 1024 * 1024 / min(times) / 1e9
+    plain, fast = _gflops(torch.float32), _gflops(product_type(recipe.device))
     # Forward passes of the whole build, in tokens; refit's moments cost about as much as its pass.
-    passes = recipe.tokens * (2 if recipe.method == "refit" else 1)
-    if recipe.method == "refit" and recipe.form == "joint":
-        passes += JOINT_PASSES * min(recipe.tokens, STEP_TOKENS)
-    if recipe.method == "refit" and recipe.cuts_by == "measured":
-        passes += WINDOWS * TOKENS * CUTS * len(sizes.anatomy.layers) // 2  # from its layer on: half of all
+    refit = recipe.method == "refit"
+    passes = 0 if refit else recipe.tokens
+    quick = 2 * recipe.tokens if refit else 0  # those whose products may be rounded
+    if refit and recipe.form == "joint":
+        quick += JOINT_PASSES * min(recipe.tokens, STEP_TOKENS)
+    if refit and recipe.cuts_by == "measured":
+        quick += WINDOWS * TOKENS * CUTS * len(sizes.anatomy.layers) // 2  # from its layer on: half of all
     if recipe.vocab != "keep":
-        passes += SAMPLE
+        quick += SAMPLE
     if artifacts and recipe.measure:
         measured = 2 * _written(recipe)  # dense and expert
         passes += measured * (TEXTS * recipe.eval_tokens + QUESTION_TOKENS * recipe.questions)
     compensated = _compensated(recipe) * (2 if recipe.measure else 1) if artifacts else 0
     passes += compensated * recipe.tokens // ROUNDING_STRIDE * 2
-    seconds = 2 * sizes.parameters * passes / (EFFICIENCY * gflops * 1e9) + (60 if artifacts else 10)
+    seconds = 2 * sizes.parameters * (passes / plain + quick / fast) / (EFFICIENCY * 1e9) + (60 if artifacts else 10)
     seconds += compensated * sizes.parameters * ROUNDED_SECONDS
     if recipe.budget.timed and recipe.device_profile is None:
         seconds += (
-            len(recipe.quant) * PROFILE_RUNS * (PROFILE_START + 2 * sizes.parameters * PROFILE_TOKENS / (gflops * 1e9))
+            len(recipe.quant) * PROFILE_RUNS * (PROFILE_START + 2 * sizes.parameters * PROFILE_TOKENS / (plain * 1e9))
         )
     return seconds / 60 * 0.7, seconds / 60 * 1.5
+
+
+def _gflops(kind: torch.dtype) -> float:
+    """Speed of one matrix product in a type here."""
+    import torch
+
+    a, b = (torch.ones(*shape, dtype=kind) for shape in ((512, 1024), (1024, 1024)))
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return 2 * 512 * 1024 * 1024 / min(times) / 1e9
 
 
 def needs(recipe: Recipe, sizes: Sizes, artifacts: bool) -> tuple[int, int]:
