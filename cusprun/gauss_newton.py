@@ -5,7 +5,7 @@ D(a ⊙ Px + b ⊙ Qx) with a = φ(Gx) and b = φ'(Gx) ⊙ Ux, so that the step 
 linear least-squares problem. Conjugate gradients solve it (Gauss-Newton with a truncated solve, damped as by Levenberg
 1944 and Marquardt 1963). Their preconditioner takes channels for independent of each other and of the inputs, as K-FAC
 (Martens and Grosse 2015) does: for channel k ‖d_k‖² E[a_k²] (C + λI) with C = E[x xᵀ]; the damping is a share of it.
-Some windows of every batch take no part in the fit and say after how many iterations the step is the best.
+One window in JUDGING takes no part in the fit; these say after how many iterations the step is the best.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cusprun.memory import HELD_BYTES
 
 ITERATIONS = 6  # of conjugate gradients at most
 DAMPING = 0.1  # of the preconditioner, added to the curvature
-JUDGING = 8  # one window in so many
+JUDGING = 8  # one window in so many judges
 RIDGE = 0.1  # of the mean diagonal of C, added to it in the preconditioner
 
 
@@ -79,19 +79,9 @@ class Windows:
     inputs: torch.Tensor
     targets: torch.Tensor
 
-    @property
-    def fitted(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens that the step is fitted to, (tokens, hidden), inputs and targets."""
-        return self.inputs[: self._first].flatten(0, 1), self.targets[: self._first].flatten(0, 1)
-
-    @property
-    def judging(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those set aside to judge: the last windows, one in JUDGING, one at least."""
-        return self.inputs[self._first :].flatten(0, 1), self.targets[self._first :].flatten(0, 1)
-
-    @property
-    def _first(self) -> int:
-        return len(self.inputs) - max(1, len(self.inputs) // JUDGING)
+    def tokens(self, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of some of the windows' tokens, (tokens, hidden) each."""
+        return self.inputs[part].flatten(0, 1), self.targets[part].flatten(0, 1)
 
 
 Batches = Callable[[], Iterable[Windows]]
@@ -99,9 +89,10 @@ Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # inputs, a and b of 
 
 
 def improve(ffn: GatedFfn, batches: Batches, iterations: int = ITERATIONS) -> GatedFfn:
-    """The FFN with the up and gate that leave the least E‖t - f(x)‖² on the windows set aside to judge.
+    """The FFN with the up and gate of the last iteration that lowered E‖t - f(x)‖² on the windows set aside to judge.
 
-    As it was where no step lowers that. ``batches`` gives the same windows in every call.
+    As it was where the first does not, and where there is too little text to set any aside. ``batches`` gives the same
+    windows in every call.
     """
     best, least = ffn, judged(ffn, batches)
     for step in _steps(ffn, batches, iterations):
@@ -116,14 +107,27 @@ def improve(ffn: GatedFfn, batches: Batches, iterations: int = ITERATIONS) -> Ga
 def judged(ffn: GatedFfn, batches: Batches) -> float:
     """Sum of ‖t - f(x)‖² over the windows set aside."""
     total = 0.0
-    for windows in batches():
-        x, targets = windows.judging
+    for windows, first in _divided(batches):
+        x, targets = windows.tokens(slice(first, None))
         total += float((targets - ffn(x)).square().sum(dtype=torch.float64))
     return total
 
 
+def _divided(batches: Batches) -> Iterator[tuple[Windows, int]]:
+    """Each batch with the number of its first window that judges: about one window in JUDGING does.
+
+    Where a batch has fewer windows than that, the last one of every so many batches.
+    """
+    every = 1
+    for number, windows in enumerate(batches(), 1):
+        count = len(windows.inputs)
+        if number == 1:
+            every = -(-JUDGING // count)
+        yield windows, count - (max(1, count // JUDGING) if number % every == 0 else 0)
+
+
 def product(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """x · matrixᵀ, (tokens, rows) float32; its factors are rounded where the processor has units for that."""
+    """x · matrixᵀ, (tokens, rows) float32; factors and result are rounded where the processor has units for that."""
     kind = product_type(x.device.type)
     return linear(x.to(kind), matrix.to(kind)).float()
 
@@ -151,7 +155,7 @@ class Step:
 def _steps(ffn: GatedFfn, batches: Batches, iterations: int) -> Iterator[Step]:
     """The step after each iteration of preconditioned conjugate gradients; the same object, moved on."""
     problem = _Problem(ffn, batches)
-    if not problem.tokens:  # every batch has one window
+    if not problem.tokens:
         return
     step = Step(torch.zeros_like(ffn.up), torch.zeros_like(ffn.gate))
     rest = problem.right
@@ -183,8 +187,8 @@ class _Problem:
         squares = Step(torch.zeros_like(ffn.up[:, 0]), torch.zeros_like(ffn.up[:, 0]))
         inputs = torch.zeros(ffn.up.shape[1], ffn.up.shape[1], device=ffn.up.device)
         room = HELD_BYTES
-        for windows in batches():
-            x, targets = windows.fitted
+        for windows, first in _divided(batches):
+            x, targets = windows.tokens(slice(first))
             a, b, inner = ffn.factors(x)
             squares.up.add_(a.square().sum(0))
             squares.gate.add_(b.square().sum(0))
@@ -198,7 +202,7 @@ class _Problem:
             room -= sum(tensor.nbytes for tensor in batch)
             if room >= 0:
                 self.held.append(batch)
-        # per channel ‖d_k‖² Σ a_k², with a floor for dead ones; per input the inverse of Σ x xᵀ with its ridge
+        # per channel ‖d_k‖² Σ a_k², with a floor for dead ones; per input the inverse of E[x xᵀ] with its ridge
         weights = ffn.down.square().sum(0)
         floor = torch.finfo(torch.float32).tiny
         up, gate = weights * squares.up, weights * squares.gate
@@ -231,7 +235,7 @@ class _Problem:
 
     def _batches(self) -> Iterator[Factors]:
         yield from self.held
-        for windows in islice(self.batches(), len(self.held), None):
-            x, _ = windows.fitted
+        for windows, first in islice(_divided(self.batches), len(self.held), None):
+            x, _ = windows.tokens(slice(first))
             a, b, _ = self.ffn.factors(x)
             yield x.to(self.kind), a.to(self.kind), b.to(self.kind)

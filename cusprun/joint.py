@@ -11,14 +11,16 @@ from cusprun.gauss_newton import Batches, GatedFfn, improve, judged
 from cusprun.gram import Gram
 from cusprun.least_squares import fit
 
-STEP_TOKENS = 2**15  # that the step of gate and up is found on, where there are more
+STEP_TOKENS = 2**15  # that the step of gate and up is found on, half as many again at most
 
 
 def fit_jointly(ffn: GatedFfn, batches: Batches) -> GatedFfn:
-    """The FFN nearer to the windows' targets, or itself where no change lowers the error on those set aside to judge.
+    """The FFN nearer to the windows' targets, or itself where all of the change does not lower the error on those set
+    aside to judge.
 
     Gate and up take the Gauss-Newton step of :func:`cusprun.gauss_newton.improve`, found on about STEP_TOKENS of the
     tokens; then down is fitted to the new inner activations of all of them, as :func:`cusprun.least_squares.fit` does.
+    Both downs, the one that came and the new one, have seen the windows that judge.
     """
     better = improve(ffn, _thinned(batches))
     if better is ffn:
@@ -35,7 +37,7 @@ def fit_jointly(ffn: GatedFfn, batches: Batches) -> GatedFfn:
 
 
 def _thinned(batches: Batches) -> Batches:
-    """Batches at even distances that hold about STEP_TOKENS, one at least."""
+    """Batches at even distances that hold about STEP_TOKENS, all of them where there are little more."""
     tokens = sum(windows.targets.shape[0] * windows.targets.shape[1] for windows in batches())
     stride = max(1, round(tokens / STEP_TOKENS))
     return lambda: islice(batches(), 0, None, stride)

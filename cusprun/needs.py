@@ -20,7 +20,7 @@ QUESTION_TOKENS = 300
 CUTS = 5  # of a layer, whose losses are measured
 PROFILE_RUNS, PROFILE_TOKENS, PROFILE_START = 40, 600, 2.0  # of each type on a new device; seconds of a start
 JOINT_PASSES = 8  # of the tokens of a step of gate and up: conjugate gradients over most of the FFNs
-JOINT_MATRICES = 12  # of a whole FFN matrix's size, that the step holds
+JOINT_MATRICES = 18  # of a whole FFN matrix's size, that the step holds
 ROUNDED_SECONDS = 0.6e-6  # of a weight in compensated rounding, beside the passes over its text
 
 
@@ -42,7 +42,7 @@ def minutes(recipe: Recipe, sizes: Sizes, artifacts: bool) -> tuple[float, float
     passes = 0 if refit else recipe.tokens
     quick = 2 * recipe.tokens if refit else 0  # those whose products may be rounded
     if refit and recipe.form == "joint":
-        quick += JOINT_PASSES * min(recipe.tokens, STEP_TOKENS)
+        quick += JOINT_PASSES * min(recipe.tokens, 3 * STEP_TOKENS // 2)
     if refit and recipe.cuts_by == "measured":
         quick += WINDOWS * TOKENS * CUTS * len(sizes.anatomy.layers) // 2  # from its layer on: half of all
     if recipe.vocab != "keep":
@@ -82,6 +82,10 @@ def needs(recipe: Recipe, sizes: Sizes, artifacts: bool) -> tuple[int, int]:
     hidden = recipe.tokens * anatomy.hidden_size * 4
     statistics = len(anatomy.layers) * 8 * anatomy.head_dim**2 * anatomy.layers[0].heads ** 2
     disk = model + statistics * 3 / anatomy.layers[0].kv_heads
+    joint = recipe.method == "refit" and recipe.form == "joint"
+    if recipe.method == "refit":  # the new matrices, float32, until the build ends
+        rows = sum(each.heads * anatomy.head_dim + each.ffn * (3 if joint else 1) for each in anatomy.layers)
+        disk += kept * rows * anatomy.hidden_size * 4
     layer = anatomy.layer_parameters(anatomy.layers[0]) * 4
     embedding = anatomy.vocab_size * anatomy.hidden_size * 4
     memory: float = 2 * hidden + embedding + 3 * layer
@@ -89,8 +93,9 @@ def needs(recipe: Recipe, sizes: Sizes, artifacts: bool) -> tuple[int, int]:
         memory += _if_held(sum(map(anatomy.layer_parameters, anatomy.layers)) * 4)
         widest = max(max(widths.ffn, widths.heads * anatomy.head_dim) for widths in anatomy.layers)
         memory += _if_held(recipe.tokens * widest * 4) + 6 * widest**2 * 8
-        if recipe.form == "joint":  # what every FFN gives, and the step while nothing else of the layer is held
-            memory += hidden + JOINT_MATRICES * anatomy.layers[0].ffn * anatomy.hidden_size * 4
+    if joint:  # what the FFN gives and is to give; the step
+        memory += hidden * (2 if anatomy.family.ffn_norm_behind else 1)
+        memory += JOINT_MATRICES * max(each.ffn for each in anatomy.layers) * anatomy.hidden_size * 4
     parameters = 4 * sizes.parameters
     here = recipe.device == "cpu"  # else what is worked on lies on the device
     if recipe.method.startswith("llm-pruner"):  # the whole model, two sums over the samples and one sample's gradient

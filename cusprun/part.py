@@ -61,8 +61,12 @@ class Part:
         """The FFN with the kept channels alone and ``down``, (hidden, kept) float32, in place of its own."""
         mlp = self.layer.mlp
         gate, up = mlp.gate_proj, mlp.up_proj
-        biases = (None if linear.bias is None else linear.bias[kept] for linear in (gate, up))
-        return GatedFfn(gate.weight[kept], up.weight[kept], down.to(self.model.device), *biases, mlp.act_fn)
+
+        def bias(linear: Any) -> torch.Tensor | None:
+            return None if linear.bias is None else linear.bias[kept]
+
+        down = down.to(self.model.device)
+        return GatedFfn(gate.weight[kept], up.weight[kept], down, bias(gate), bias(up), mlp.act_fn)
 
 
 def batches(states: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -72,10 +72,10 @@ def solve(groups: Sequence[Sequence[Choice]], ranges: Sequence[Range], gap: floa
     not, else GAP. Raises Infeasible where there are no such choices.
     """
     if any(bound.low > -np.inf for bound in ranges):
-        return _Program(groups, ranges, gap or GAP).least_loss()
+        return _Program(groups, ranges, GAP if gap is None else gap).least_loss()
     kept = [worthwhile(group) for group in groups]
     fewer = [[group[place] for place in places] for group, places in zip(groups, kept, strict=True)]
-    chosen = _Program(fewer, ranges, gap or WIDE_GAP).least_loss()
+    chosen = _Program(fewer, ranges, WIDE_GAP if gap is None else gap).least_loss()
     return [places[number] for places, number in zip(kept, chosen, strict=True)]
 
 

@@ -85,9 +85,7 @@ class _Streams:
     compact: torch.Tensor  # the same object as ``dense`` until the first cut, and always in the parallel form
     held: list[torch.Tensor] = field(default_factory=list)  # inputs of the matrix at hand, of the compacted stream
     given: list[torch.Tensor] = field(default_factory=list)  # what all of the FFN gives there, (n, window, hidden)
-    wanted: list[torch.Tensor] = field(
-        default_factory=list
-    )  # what it gives in the dense model, where that is the target
+    wanted: list[torch.Tensor] = field(default_factory=list)  # and in the dense model, where that is the target
 
 
 class _Refit:
@@ -179,7 +177,10 @@ class _Refit:
             else:
                 kept[kind] = choose_columns(matrix, judges, [after.ffn], agreement)[0]
                 columns = torch.tensor(kept[kind])
-            fitted, alpha = fit(matrix, _total(moments), columns)
+            total = _total(moments)
+            moments.clear()
+            fitted, alpha = fit(matrix, total, columns)
+            del matrix
             prefix = self.model.anatomy.prefix(index)
             if joint:
                 with self._part(index, kind) as part:
@@ -240,7 +241,7 @@ class _Refit:
                     inputs, given = part(compact)
                 if joint:
                     streams.given.append(given - part.bias)
-                    streams.wanted += [target - part.bias] if part.normed else []
+                    streams.wanted += [target - part.bias] if part.normed and apart else []
                 if not part.normed:
                     target = dense - compact
                 gram.add_windows(inputs, start, window, (target - part.bias).flatten(0, 1) if sequential else None)
@@ -270,8 +271,10 @@ class _Refit:
             for number, (dense, compact) in enumerate(
                 zip(batches(streams.dense), batches(streams.compact), strict=True)
             ):
-                wanted = streams.wanted[number] if part.normed else dense - compact - part.bias
-                streams.given[number].lerp_(wanted, alpha)
+                if not part.normed:
+                    streams.given[number].lerp_(dense - compact - part.bias, alpha)
+                elif streams.wanted:  # else both streams are one up to here, and so is what the FFN gives
+                    streams.given[number].lerp_(streams.wanted[number], alpha)
             streams.wanted = []
 
         def windows() -> Iterator[Windows]:

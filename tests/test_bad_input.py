@@ -241,7 +241,7 @@ VALUES = [  # found before anything is imported
     refused(f"{BUILD} --method flap --widths even", "widths is for refit alone"),
     refused(f"{BUILD} --method flap --epsilon 0.1", "epsilon is Cus-Prun's", "give ratio"),
     refused(f"{BUILD} --epsilon 0.1 --widths measured", "epsilon decides the widths"),
-    refused(f"{BUILD} --form diagonal", "form", "'sequential'", "'parallel'"),
+    refused(f"{BUILD} --form diagonal", "form", "'joint'", "'sequential'", "'parallel'"),
     refused(f"{BUILD} --vocab few", "vocab", "keep|auto"),
     refused(f"{BUILD} --vocab 0", "vocab"),
     refused(f"{BUILD} --general 1", "general", "less than 1"),

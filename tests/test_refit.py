@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cusprun import joint, part
 from cusprun.anatomy import LayerWidths, describe
 from cusprun.checkpoint import load_model
 from cusprun.compact import compact
@@ -33,6 +34,10 @@ def divergence(folder: Path, expert: Path, ids: torch.Tensor) -> float:
     return float((dense.exp() * (dense - other)).sum(-1).mean())
 
 
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
 IDS = np.random.default_rng(4).integers(3, 400, size=(28, 64))
 SEEN, UNSEEN = IDS[:24], torch.from_numpy(IDS[24:])
 
@@ -51,6 +56,8 @@ def test_a_refitted_model_is_nearer_to_the_dense_one(tmp_path: Path, settings: d
     compact(folder, plan, tmp_path / "expert", refitted=tmp_path / "refitted")
     repaired, sliced = (divergence(folder, tmp_path / name, UNSEEN) for name in ("expert", "sliced"))
     assert repaired < 0.5 * sliced
+    moved = {name for name in load_weights(tmp_path / "refitted") if "gate_proj" in name or "up_proj" in name}
+    assert len(moved) == (2 * len(anatomy.layers) if form == "joint" else 0)
 
 
 @pytest.mark.parametrize("form", ["parallel", "sequential", "joint"])
@@ -59,7 +66,7 @@ def test_layers_and_attention_blocks_may_go_in_every_combination(tmp_path: Path,
     folder = pico.save_model(tmp_path / "dense")
     anatomy = describe(folder)
     full = anatomy.layers[0]
-    widths = [LayerWidths(full.ffn - 16, full.heads // 2, full.kv_heads // 2), None, LayerWidths(full.ffn, 0, 0)]
+    widths = [LayerWidths(full.ffn // 2, full.heads // 2, full.kv_heads // 2), None, LayerWidths(full.ffn, 0, 0)]
     windows = {"one": SEEN[:12], "two": SEEN[12:]}
     plan = refit(folder, anatomy, widths, windows, tmp_path / "refitted", form=form, combine=combine)  # type: ignore[arg-type]
     assert plan.layers[1].dropped
@@ -81,6 +88,30 @@ def test_the_sequential_form_repairs_what_the_layers_before_broke(tmp_path: Path
         compact(folder, plan, tmp_path / form, refitted=tmp_path / f"{form}.refitted")
         found[form] = divergence(folder, tmp_path / form, torch.from_numpy(SEEN))
     assert found["sequential"] < found["parallel"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"attention_bias": True, "mlp_bias": True}])
+def test_the_joint_form_moves_gate_and_up_to_less_error(
+    tmp_path: Path, settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In several batches a dimension, of which the step sees some."""
+    monkeypatch.setattr(part, "BATCH_TOKENS", 8 * 64)
+    monkeypatch.setattr(joint, "STEP_TOKENS", 8 * 8 * 64)
+    folder = pico.save_model(tmp_path / "dense", **settings)
+    anatomy = describe(folder)
+    full = anatomy.layers[0]
+    widths = [LayerWidths(full.ffn // 2, full.heads, full.kv_heads)] * len(anatomy.layers)
+    many = np.random.default_rng(5).integers(3, 400, size=(128, 64))
+    found = {}
+    for form in ("sequential", "joint"):
+        plan = refit(folder, anatomy, widths, {"one": many[:64], "two": many[64:]}, tmp_path / form, form=form)  # type: ignore[arg-type]
+        compact(folder, plan, tmp_path / f"{form}.expert", refitted=tmp_path / form)
+        found[form] = divergence(folder, tmp_path / f"{form}.expert", UNSEEN)
+    assert found["joint"] < 0.97 * found["sequential"]
+    dense, moved = load_weights(folder), load_weights(tmp_path / "joint")
+    names = [f"model.layers.{index}.mlp.gate_proj.weight" for index in range(len(plan.layers))]
+    kept = [torch.tensor(layer.ffn) for layer in plan.layers]
+    assert not all(torch.equal(moved[name], dense[name][rows]) for name, rows in zip(names, kept, strict=True))
 
 
 def test_the_same_windows_give_the_same_bytes(tmp_path: Path) -> None:

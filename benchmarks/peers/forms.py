@@ -42,7 +42,7 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     for (scene, ratio, tokens, form), row in by.items():
         for simpler in FORMS[FORMS.index(form) + 1 :]:
             beside = by.get((scene, ratio, tokens, simpler))
-            own, other = row.increase(ASIDE), beside and beside.increase(ASIDE)
+            own, other = row.increase(ASIDE), beside.increase(ASIDE) if beside is not None else None
             if own is None or other is None:
                 continue
             verdict = "met" if own <= other else "not met"

@@ -108,7 +108,11 @@ class Grid:
         records: Path | None = None,
     ) -> None:
         self.setup, self.also = setup, also
-        self.recorded = read_records(records) if records is not None else {}
+        self.recorded: set[str] = set()  # names of cells
+        for record in read_records(records) if records is not None else []:
+            self.recorded.add(record["cell"])
+            if not (path := self._path(record["key"])).is_file():
+                write_json(path, record)
         self.cells = {cell.name: cell for cell in cells}
         if len(self.cells) < len(cells):
             raise ValueError("two cells of the study have one name")
@@ -126,7 +130,7 @@ class Grid:
         """Runs the cells that have no result, those first that they take their vocabulary from."""
         wanted = self._with_sources(names)
         times: list[float] = []
-        self._write_texts_of_records(wanted)
+        self._write_texts_of_records()
         for number, name in enumerate(wanted, 1):
             if self.result(self.cells[name]) is not None:
                 say(f"cell {number}/{len(wanted)} {name}: done before, kept")
@@ -144,13 +148,16 @@ class Grid:
             say(f"cell {name}: {times[-1]:.0f} s; about {left * sum(times) / len(times) / 60:.0f} min for {left} more")
             after_each()
 
-    def _write_texts_of_records(self, names: Sequence[str]) -> None:
-        """The texts that the keys of the cells hang on, where a cell of that name has a record."""
-        recorded = {record["cell"] for record in self.recorded.values()}
+    def _write_texts_of_records(self) -> None:
+        """The texts that the keys of recorded cells hang on; those of other cells are written when these are run."""
         for cell in self.cells.values():
-            if cell.name in recorded or cell.name in names:
+            if cell.name not in self.recorded:
+                continue
+            try:
                 self.write_texts(cell.scene)
                 self._write_made(cell)
+            except (InvalidRequest, Failed) as error:
+                say(f"the record of {cell.name} cannot be used, its text is not to be had: {error}")
 
     def _with_sources(self, names: Sequence[str]) -> list[str]:
         found: dict[str, None] = {}
@@ -168,6 +175,8 @@ class Grid:
         key, flags = self.key(cell), self.flags(cell)
         if key is None or flags is None:
             raise Refused(f"its vocabulary is that of {cell.vocab_of}, which has no result")
+        if (known := self.result(cell)) is not None:  # of another study, found now that the texts are there
+            return known
         out = self.setup.work / "experts" / (cell.calibration or cell.scene).name
         expert, stages = self.prune(out, flags)
         texts, asked = read_texts(texts_path)
@@ -242,10 +251,8 @@ class Grid:
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """The result of a cell that was run before with the same flags and texts, else None."""
         key = self.key(cell)
-        if key is None:
+        if key is None or not self._path(key).is_file():
             return None
-        if not self._path(key).is_file():
-            return self.recorded.get(key)
         found: dict[str, Any] = json.loads(self._path(key).read_text(encoding="utf-8"))
         return found
 
@@ -321,14 +328,18 @@ class Grid:
         return path
 
 
-def read_records(folder: Path) -> dict[str, dict[str, Any]]:
-    """Results of cells by their key, from every JSON file of a study in the folder; other JSON files hold none."""
-    found: dict[str, dict[str, Any]] = {}
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """Results of cells from every JSON file of a study in the folder; other files hold none."""
+    found = []
     for path in sorted(folder.glob("*.json")):
-        whole = json.loads(path.read_text(encoding="utf-8"))
-        for record in whole.get("cells", []) if isinstance(whole, dict) else []:
+        try:
+            whole = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        cells = whole.get("cells") if isinstance(whole, dict) else None
+        for record in cells if isinstance(cells, list) else []:
             if isinstance(record, dict) and {"key", "cell", "texts", "expert"} <= record.keys():
-                found[record["key"]] = {name: value for name, value in record.items() if name not in PAGE_FIELDS}
+                found.append({name: value for name, value in record.items() if name not in PAGE_FIELDS})
     return found
 
 

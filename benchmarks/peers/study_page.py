@@ -166,8 +166,17 @@ def page(
     out += ["", *_not_run(missing, len(rows))]
     if rows:
         out += ["", f"![{study.title}]({name}.png)"]
-    out += ["", f"{found['cpu']}; Python {found['python']}; {versions}. Every figure: [{name}.json]({name}.json)."]
+    out += [
+        "",
+        f"{_machines(rows, found)}; Python {found['python']}; {versions}. Every figure: [{name}.json]({name}.json).",
+    ]
     return "\n".join(out) + "\n"
+
+
+def _machines(rows: Sequence[Row], found: Mapping[str, Any]) -> str:
+    """The processors that the cells were measured on."""
+    names = sorted({row.result.get("environment", found)["cpu"] for row in rows}) or [found["cpu"]]
+    return names[0] if len(names) == 1 else f"Measured on {' and '.join(names)}, so that seconds do not compare"
 
 
 def _tables(

@@ -24,8 +24,8 @@ from cusprun.benchmarks.peers import (
     tokens,
     widths,
 )
-from cusprun.benchmarks.peers.grid import Cell, Grid, Setup, flags_as_words
-from cusprun.benchmarks.peers.scenes import EN_LEGAL_QA, MADE, made_scene, own_scene
+from cusprun.benchmarks.peers.grid import Cell, Grid, Setup, flags_as_words, read_records
+from cusprun.benchmarks.peers.scenes import EN_LEGAL_QA, MADE, Scene, made_scene, own_scene
 from cusprun.benchmarks.peers.study import Study, Telling, chosen, parse, run_study
 from cusprun.benchmarks.peers.study_page import ASIDE, Row, as_row, write_pages
 from cusprun.flags import PRUNING
@@ -231,6 +231,49 @@ def test_pages_of_a_whole_study(study: Study, tmp_path: Path) -> None:
     assert "1.000 bits" in page
     assert [line for line in page.splitlines() if line.startswith("- ")]
     assert sum(line.endswith(" | 12 |") for line in page.splitlines()) == len(rows)  # the seconds, last in a row
+
+
+def test_the_page_names_every_processor(tmp_path: Path) -> None:
+    study = forms.STUDY
+    cells = study.cells(study.scenes, 65536)[:2]
+
+    def told(*processors: str) -> str:
+        rows = [
+            as_row(cell, {**figures(cell, 1.1), "environment": {"cpu": cpu}})
+            for cell, cpu in zip(cells, processors, strict=True)
+        ]
+        telling = Telling(study, parse(study, []), [])
+        write_pages(tmp_path / "page", telling, rows, {}, {}, {}, [])
+        return (tmp_path / "page.md").read_text(encoding="utf-8").splitlines()[-1]
+
+    assert told("one", "one").startswith("one; Python")
+    assert told("two", "one").startswith("Measured on one and two, so that seconds do not compare; Python")
+
+
+def test_other_files_beside_the_results_hold_no_record(tmp_path: Path) -> None:
+    for name, text in {
+        "a": "{",
+        "b": '{"cells": null}',
+        "c": '[{"key": 1}]',
+        "d": '{"cells": [3, {"key": 1}]}',
+    }.items():
+        (tmp_path / f"{name}.json").write_text(text)
+    (tmp_path / "e.json").write_bytes(b"\xff\xfe")
+    assert read_records(tmp_path) == []
+
+
+def test_a_record_whose_text_is_not_to_be_had_stops_nothing(
+    tmp_path: Path, pico_model: Path, own_text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = Cell("lost", Scene("lost", corpus=(str(tmp_path / "gone.txt"),)), {"method": "magnitude", "ratio": 0.25}, {})
+    there = Cell("there", own_scene(own_text), {"method": "magnitude", "ratio": 0.25}, {})
+    record = {"key": "0" * 64, "cell": "lost", "texts": {}, "expert": {}}
+    (tmp_path / "study.json").write_text(json.dumps({"cells": [record]}))
+    setup = Setup(str(pico_model), tmp_path / "work", 2048, 64, 1024, 0, {"general": 0, "align": 8})
+    grid = Grid(setup, [lost, there], [lost.scene, there.scene], records=tmp_path)
+    grid.run(["there"], lambda: None)
+    assert grid.result(there) is not None
+    assert "the record of lost cannot be used" in capsys.readouterr().err
 
 
 def test_half_of_the_best_rival() -> None:
