@@ -127,7 +127,7 @@ class _Refit:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every matrix that is written, by name, in order."""
-        sizes = {}
+        sizes: dict[str, int] = {}
         for index, (parts, after) in enumerate(zip(self.parts, self.widths, strict=True)):
             prefix, rows = self.model.anatomy.prefix(index), self.model.anatomy.hidden_size * 4
             for kind, action in parts.items():
