@@ -74,14 +74,18 @@ class GatedFfn:
 
 @dataclass(frozen=True)
 class Windows:
-    """Inputs of the FFN and what it is to give, (windows, tokens, hidden) float32 each, on its device."""
+    """Hidden states before the FFN and what it is to give, (windows, tokens, hidden) float32 each, on its device.
 
-    inputs: torch.Tensor
+    ``read`` makes the FFN's inputs of the states, (…, hidden), when they are asked for: a norm, token by token.
+    """
+
+    states: torch.Tensor
     targets: torch.Tensor
+    read: Callable[[torch.Tensor], torch.Tensor] = lambda states: states
 
-    def tokens(self, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def tokens(self, part: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of some of the windows' tokens, (tokens, hidden) each."""
-        return self.inputs[part].flatten(0, 1), self.targets[part].flatten(0, 1)
+        return self.read(self.states[part]).flatten(0, 1), self.targets[part].flatten(0, 1)
 
 
 Batches = Callable[[], Iterable[Windows]]
@@ -120,7 +124,7 @@ def _divided(batches: Batches) -> Iterator[tuple[Windows, int]]:
     """
     every = 1
     for number, windows in enumerate(batches(), 1):
-        count = len(windows.inputs)
+        count = len(windows.targets)
         if number == 1:
             every = -(-JUDGING // count)
         yield windows, count - (max(1, count // JUDGING) if number % every == 0 else 0)

@@ -28,9 +28,9 @@ def fit_jointly(ffn: GatedFfn, batches: Batches) -> GatedFfn:
     hidden, channels = ffn.down.shape
     gram, start = Gram.empty(channels, hidden), 0
     for windows in batches():
-        inner = better.inner(windows.inputs.flatten(0, 1))
-        gram.add_windows(inner, start, windows.inputs.shape[1], windows.targets.flatten(0, 1))
-        start += len(windows.inputs)
+        x, targets = windows.tokens()
+        gram.add_windows(better.inner(x), start, windows.targets.shape[1], targets)
+        start += len(windows.targets)
     down, _ = fit(ffn.down.double().cpu(), gram, torch.arange(channels))
     better = replace(better, down=down.to(ffn.down.device))
     return better if judged(better, batches) < judged(ffn, batches) else ffn

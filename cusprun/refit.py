@@ -280,7 +280,7 @@ class _Refit:
         def windows() -> Iterator[Windows]:
             for streams in self.streams.values():
                 for compact, target in zip(batches(streams.compact), streams.given, strict=True):
-                    yield Windows(part.read(compact), target)
+                    yield Windows(compact, target, part.read)
 
         better = fit_jointly(ffn, windows)
         for streams in self.streams.values():

@@ -53,7 +53,7 @@ def windows_of(teacher: GatedFfn, seeds: range, noise: float = 0.0) -> Callable[
 
 def error(ffn: GatedFfn, batches: Callable[[], Iterator[Windows]]) -> float:
     return sum(
-        float((each.targets.flatten(0, 1) - ffn(each.inputs.flatten(0, 1))).square().sum()) for each in batches()
+        float((each.targets.flatten(0, 1) - ffn(each.states.flatten(0, 1))).square().sum()) for each in batches()
     )
 
 
@@ -121,7 +121,7 @@ def test_it_stays_as_it_is_where_nothing_can_be_judged_or_gained() -> None:
 
     def single() -> Iterator[Windows]:
         for each in windows_of(teacher, range(3))():
-            yield Windows(each.inputs[:1], each.targets[:1])
+            yield Windows(each.states[:1], each.targets[:1])
 
     ffn = narrowed(teacher, 20)
     assert fit_jointly(ffn, single) is ffn  # three windows: none judges
@@ -135,7 +135,7 @@ def test_batches_of_one_window_take_the_step_too() -> None:
     def single() -> Iterator[Windows]:
         for each in windows_of(teacher, range(6))():
             for number in range(8):
-                yield Windows(each.inputs[number : number + 1], each.targets[number : number + 1])
+                yield Windows(each.states[number : number + 1], each.targets[number : number + 1])
 
     assert error(improve(ffn, single), unseen) < 0.95 * error(ffn, unseen)
 
@@ -144,7 +144,7 @@ def test_much_text_is_thinned_for_the_step_alone(monkeypatch: pytest.MonkeyPatch
     teacher = ffn_of(CHANNELS)
     ffn, seen = narrowed(teacher, 20), windows_of(teacher, range(8))
     monkeypatch.setattr(joint, "STEP_TOKENS", 2 * 8 * TOKENS)  # two batches of eight, every fourth
-    assert [float(each.inputs[0, 0, 0]) for each in joint._thinned(seen)()] == [
+    assert [float(each.states[0, 0, 0]) for each in joint._thinned(seen)()] == [
         float(random(8, TOKENS, HIDDEN, seed=100 + seed)[0, 0, 0]) for seed in (0, 4)
     ]
     found = fit_jointly(ffn, seen)
