@@ -108,8 +108,9 @@ class Cut:
             texts = self.selection.documents(tokenizer)
             weights = price_weights(self.selection.shares(list(texts)))
             found = price_vocabulary(
-                self.dense.folder, texts, weights, seed=self.recipe.seed, device=self.recipe.device
-            )
+                self.dense.folder, texts, weights,
+                own=self.selection.own_documents(tokenizer), seed=self.recipe.seed, device=self.recipe.device,
+            )  # fmt: skip
             found.save(self.prices_path)
             return found.note
 

@@ -49,7 +49,7 @@ def row_choices(
         kept = len(prices.rows_for(rows))
         if kept >= choices[-1].rows:
             break
-        choices.append(RowsChoice(kept, float(prices.curve[anatomy.vocab_size - kept]) * per_token))
+        choices.append(RowsChoice(kept, float(prices.cost[anatomy.vocab_size - kept]) * per_token))
     return choices
 
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +109,9 @@ class Grid:
         records: Path | None = None,
     ) -> None:
         self.setup, self.also = setup, also
-        self.recorded: set[str] = set()  # names of cells
+        self.recorded: dict[str, list[dict[str, Any]]] = {}  # by name of the cell
         for record in read_records(records) if records is not None else []:
-            self.recorded.add(record["cell"])
+            self.recorded.setdefault(record["cell"], []).append(record)
             if not (path := self._path(record["key"])).is_file():
                 write_json(path, record)
         self.cells = {cell.name: cell for cell in cells}
@@ -256,6 +257,11 @@ class Grid:
         found: dict[str, Any] = json.loads(self._path(key).read_text(encoding="utf-8"))
         return found
 
+    def waiting(self) -> list[dict[str, Any]]:
+        """Records of cells whose number of tokens is not known any more: they may count again once it is."""
+        unknown = [cell for cell in self.cells.values() if cell.vocab_of is not None and self.flags(cell) is None]
+        return [record for cell in unknown for record in self.recorded.get(cell.name, ())]
+
     def _path(self, key: str) -> Path:
         return self.setup.work / "cells" / f"{key[:32]}.json"
 
@@ -275,6 +281,8 @@ class Grid:
             contents["form"] = "sequential"
         apart = LATER if recipe.method == "refit" else LATER | REFIT_ALONE
         versions = {stage: number for stage, number in VERSIONS.items() if stage not in apart}
+        if recipe.vocab != "auto":  # the order in which tokens go is that of version 2, how many go is given
+            versions["prices"] = 2
         measured = [CONTEXT, self.setup.eval_tokens, self.setup.questions, self.also and self.also[0]]
         selection = selection_key(cell.scene, self.setup.window)
         values = [self.dense.key, contents, selection, _sha256(texts), measured, versions]
@@ -336,8 +344,8 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
             whole = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        cells = whole.get("cells") if isinstance(whole, dict) else None
-        for record in cells if isinstance(cells, list) else []:
+        lists = [whole.get(name) for name in ("cells", "waiting")] if isinstance(whole, dict) else []
+        for record in chain.from_iterable(each for each in lists if isinstance(each, list)):
             if isinstance(record, dict) and {"key", "cell", "texts", "expert"} <= record.keys():
                 found.append({name: value for name, value in record.items() if name not in PAGE_FIELDS})
     return found

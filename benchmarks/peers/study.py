@@ -108,7 +108,10 @@ def _run(study: Study, options: argparse.Namespace) -> int:
         found = {cell.name: grid.result(cell) for cell in cells}
         rows = [as_row(cell, result) for cell in cells if (result := found[cell.name]) is not None]
         missing = {name: grid.failures.get(name, "") for name, result in found.items() if result is None}
-        write_pages(out, Telling(study, options, wanted), rows, missing, dense_figures(grid, scenes), *more)
+        figures, lines = more
+        if waiting := grid.waiting():
+            figures = {**figures, "waiting": waiting}
+        write_pages(out, Telling(study, options, wanted), rows, missing, dense_figures(grid, scenes), figures, lines)
 
     grid.run(wanted, show)
     show(study.more(grid, options) if study.more else ({}, []))

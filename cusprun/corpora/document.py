@@ -35,6 +35,12 @@ class Document:
     turns: tuple[Message, ...] = ()
     question: Question | None = None
 
+    @property
+    def original(self) -> str:
+        """Name of the text that this is a part of: a paper's of its sections and abstract, a folder's of its files."""
+        key = self.id[len(self.entry) + 1 :].partition("#")[0]
+        return key.rpartition("/")[0] or key
+
 
 @dataclass(frozen=True)
 class WeightedDocument:

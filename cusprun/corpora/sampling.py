@@ -175,7 +175,12 @@ def open_all(own: Sequence[OwnText], scenario: Scenario) -> list[Shelf]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise InvalidRequest(f"--corpus was given two files named {', '.join(twice)}; rename one")
-    return [open_own(text.path, f"file:{text.path.name}", scenario) for text in own]
+    return [open_own(text.path, own_name(text), scenario) for text in own]
+
+
+def own_name(text: OwnText) -> str:
+    """What the documents of a file of the user's have for their entry."""
+    return f"file:{text.path.name}"
 
 
 def open_dims(dims: Mapping[str, Path] | None) -> dict[str, Shelf]:

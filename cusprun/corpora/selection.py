@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from cusprun.corpora.catalog import load_catalog
+from cusprun.corpora.catalog import cell, load_catalog
 from cusprun.corpora.document import Document, OwnText, Question, Scenario, WeightedDocument, fingerprint
 from cusprun.corpora.library import OWN_SIDES
 from cusprun.corpora.packing import FEWEST, pack_windows, render
 from cusprun.corpora.parsers import VERSION
-from cusprun.corpora.sampling import dimension_corpora, evaluation_texts, general_text, questions
+from cusprun.corpora.sampling import dimension_corpora, evaluation_texts, general_text, own_name, questions
 from cusprun.errors import InvalidRequest
 from cusprun.files import sha256_file, sha256_tree, written_whole
 from cusprun.recipe import Recipe
@@ -84,6 +84,16 @@ class Selection:
         return {
             name: [render(item.document, tokenizer) for item in _used(documents, aside=False)]
             for name, documents in self.corpora.items()
+        }
+
+    def own_documents(self, tokenizer: Any) -> dict[str, str]:
+        """Those of :meth:`documents` that are the scenario's own or the user's, each with the name of its original."""
+        names = {entry.name for entry in cell(self.scenario, self.include)} | {own_name(text) for text in self.own}
+        return {
+            render(item.document, tokenizer): item.document.original
+            for documents in self.corpora.values()
+            for item in _used(documents, aside=False)
+            if item.document.entry in names
         }
 
     def shares(self, dimensions: Sequence[str]) -> dict[str, int]:

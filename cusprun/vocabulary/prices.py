@@ -1,10 +1,14 @@
-"""The price of every token: expected occurrences in a byte of text times the nats that its absence adds."""
+"""The price of every token: expected occurrences in a byte of text times the nats that its absence adds.
+
+What is counted is what the dimensions' text takes on the mean; where new text of the scenario itself would take more,
+that is what a smaller vocabulary costs.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from cusprun.checkpoint import load_tokenizer
 from cusprun.errors import InvalidRequest
 from cusprun.files import written_whole
 from cusprun.vocabulary.merges import order_removals
+from cusprun.vocabulary.novelty import price_new_text
 from cusprun.vocabulary.pieces import Pieces, read_pieces
 from cusprun.vocabulary.splits import SAMPLE, SplitCosts, measure_splits
 from cusprun.vocabulary.usage import Usage, count_tokens, expected_rates
@@ -27,7 +32,8 @@ class VocabularyPrices:
     """In which order tokens go and what it costs.
 
     ``order`` (removable,) int64: ids, least costly first; what is left of the vocabulary after any number of them is
-    closed under merges. ``curve`` (removable + 1,) float64: expected extra nats per byte of text after so many rows.
+    closed under merges. ``curve`` (removable + 1,) float64: expected extra nats per byte of text after so many rows;
+    ``own`` likewise: of new text of the scenario itself, zeros where none was told apart.
     """
 
     rows: int
@@ -35,6 +41,12 @@ class VocabularyPrices:
     curve: np.ndarray
     dense_nats: float  # the dense model's loss on a byte of the sample
     note: dict[str, Any]
+    own: np.ndarray
+
+    @property
+    def cost(self) -> np.ndarray:
+        """The dearer of ``curve`` and ``own`` after so many rows, (removable + 1,) float64."""
+        return np.maximum(self.curve, self.own)
 
     def rows_for(self, rows: int, multiple: int = MULTIPLE) -> list[int]:
         """Ids that stay, ascending, where ``rows`` are wanted: rounded up to a multiple, no fewer than have to stay.
@@ -52,7 +64,7 @@ class VocabularyPrices:
     def auto(self, nats: float | None = None, multiple: int = MULTIPLE) -> list[int]:
         """Ids that stay where the expected loss may grow by ``nats`` a byte, by default AUTO of the dense model's."""
         most = AUTO * self.dense_nats if nats is None else nats
-        gone = int(np.searchsorted(self.curve, most, side="right")) - 1
+        gone = int(np.searchsorted(self.cost, most, side="right")) - 1
         return self.rows_for(self.rows - gone, multiple)
 
     def save(self, path: Path) -> None:
@@ -61,7 +73,7 @@ class VocabularyPrices:
 
         numbers = {"rows": self.rows, "dense_nats": self.dense_nats, "note": self.note}
         with written_whole(path) as part:
-            tensors = {"order": self.order, "curve": self.curve}
+            tensors = {"order": self.order, "curve": self.curve, "own": self.own}
             save_file(tensors, part, metadata={"prices": json.dumps(numbers, sort_keys=True)})
 
 
@@ -71,7 +83,8 @@ def load_prices(path: Path) -> VocabularyPrices:
 
     with safe_open(path, framework="numpy") as file:
         numbers = json.loads(file.metadata()["prices"])
-        return VocabularyPrices(order=file.get_tensor("order"), curve=file.get_tensor("curve"), **numbers)
+        tensors = {name: file.get_tensor(name) for name in ("order", "curve", "own")}
+        return VocabularyPrices(**tensors, **numbers)
 
 
 def price_vocabulary(
@@ -79,6 +92,7 @@ def price_vocabulary(
     texts: Mapping[str, Sequence[str]],
     weights: Mapping[str, float],
     *,
+    own: Mapping[str, str] | None = None,
     tokens: int = SAMPLE,
     seed: int = 0,
     device: str = "cpu",
@@ -86,23 +100,40 @@ def price_vocabulary(
     """Prices of the model in ``folder`` on documents by corpus, rendered as the model reads them.
 
     All of the text is counted; about ``tokens`` tokens of it go through the model. ``weights`` are the corpora's
-    shares of the price. Raises InvalidRequest where the tokenizer is of a kind that cannot be trimmed.
+    shares of the price. ``own`` are those of the texts that are the scenario's own, each with the name of the original
+    that it is a part of. Raises InvalidRequest where the tokenizer is of a kind that cannot be trimmed.
     """
     pieces = read_pieces(folder)
     tokenizer = load_tokenizer(folder)
     usages = {name: count_tokens(documents, tokenizer, pieces.rows) for name, documents in texts.items()}
     counted = expected_rates(usages, weights)
     costs = measure_splits(folder, pieces, texts, counted, tokens=tokens, seed=seed, device=device)
-    return set_prices(pieces, usages, weights, costs)
+    prices = set_prices(pieces, usages, weights, costs)
+    if not own:
+        return prices
+    new = price_new_text(
+        texts, usages, own, tokenizer,
+        lambda rest: order_removals(pieces, _price(pieces, rest, weights, costs)),
+        lambda usage: usage.occurrences(costs.again) * _nats(pieces, costs),
+    )  # fmt: skip
+    length = len(prices.curve)
+    return replace(prices, own=np.pad(new[:length], (0, max(0, length - len(new))), mode="edge"))
+
+
+def _nats(pieces: Pieces, costs: SplitCosts) -> np.ndarray:
+    """What each token's absence adds, (rows,); rows that are no token cost nothing."""
+    return np.where([text is None for text in pieces.texts], 0.0, costs.nats)
+
+
+def _price(pieces: Pieces, usages: Mapping[str, Usage], weights: Mapping[str, float], costs: SplitCosts) -> np.ndarray:
+    return expected_rates(usages, weights, costs.probability, costs.again) * _nats(pieces, costs)
 
 
 def set_prices(
     pieces: Pieces, usages: Mapping[str, Usage], weights: Mapping[str, float], costs: SplitCosts
 ) -> VocabularyPrices:
-    """The removal order and its curve."""
-    rates = expected_rates(usages, weights, costs.probability, costs.again)
-    price = rates * costs.nats
-    price[[identity for identity, text in enumerate(pieces.texts) if text is None]] = 0
+    """The removal order and its curve; no text is told apart as the scenario's own."""
+    price = _price(pieces, usages, weights, costs)
     order = order_removals(pieces, price)
     note = {
         "places": costs.places,
@@ -114,4 +145,4 @@ def set_prices(
         "corpora": {name: {"tokens": usage.tokens, "bytes": usage.n_bytes} for name, usage in usages.items()},
     }
     curve = np.concatenate([[0.0], np.cumsum(price[order])])
-    return VocabularyPrices(pieces.rows, order, curve, costs.dense_nats, note)
+    return VocabularyPrices(pieces.rows, order, curve, costs.dense_nats, note, np.zeros_like(curve))

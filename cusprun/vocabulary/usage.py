@@ -29,6 +29,14 @@ class Usage:
     firsts: np.ndarray
     n_bytes: int
 
+    def __sub__(self, part: Usage) -> Usage:
+        """What is left without a part of the texts."""
+        return Usage(self.counts - part.counts, self.firsts - part.firsts, self.n_bytes - part.n_bytes)
+
+    def occurrences(self, again: float) -> np.ndarray:
+        """(rows,) float64; one that is not the first within STRETCH tokens counts ``again``."""
+        return self.firsts + again * (self.counts - self.firsts)
+
     @property
     def tokens(self) -> int:
         return int(self.counts.sum())
@@ -67,7 +75,7 @@ def expected_rates(
     total = sum(weights.values())
     rates = np.zeros(next(iter(usages.values())).counts.shape[0])
     for name, usage in usages.items():
-        seen = (usage.firsts + again * (usage.counts - usage.firsts)) / max(usage.n_bytes, 1)
+        seen = usage.occurrences(again) / max(usage.n_bytes, 1)
         if probability is not None:
             seen = (1 - MODEL_SHARE) * seen + MODEL_SHARE * probability[name] * (usage.tokens / max(usage.n_bytes, 1))
         rates += weights[name] / total * seen

@@ -30,6 +30,7 @@ from cusprun.benchmarks.peers.study import Study, Telling, chosen, parse, run_st
 from cusprun.benchmarks.peers.study_page import ASIDE, Row, as_row, write_pages
 from cusprun.flags import PRUNING
 from cusprun.recipe import make_recipe
+from cusprun.stages import VERSIONS
 
 STUDIES = [
     module.STUDY for module in (methods, widths, forms, specialised, dimensions, epsilon, tokens, instruct, stability)
@@ -189,6 +190,24 @@ def test_an_interrupted_study_goes_on(tmp_path: Path, pico_model: Path, own_text
     assert not (tmp_path / "elsewhere" / "experts").exists()
     assert json.loads((out / "methods.json").read_text(encoding="utf-8"))["cells"] == found["cells"]
 
+    # one whose number of tokens is not known is not shown, and its record is there once it is known again
+    source = {cell["name"]: cell for cell in found["cells"]}["contracts/trimmed/0.25/refit"]
+    found["cells"].remove(source)
+    (out / "methods.json").write_text(json.dumps(found), encoding="utf-8")
+    alone = command(tmp_path, pico_model, own_text, "--only", "*/kept/0.25/magnitude")
+    alone[alone.index("--work") + 1] = str(tmp_path / "third")
+    assert subprocess.run(alone, capture_output=True, text=True, timeout=600).returncode == 0
+    rest = json.loads((out / "methods.json").read_text(encoding="utf-8"))
+    assert [cell["name"] for cell in rest["cells"]] == ["contracts/kept/0.25/magnitude"]
+    assert [record["cell"] for record in rest["waiting"]] == ["contracts/trimmed/0.25/random"]
+    rest["cells"].append(source)
+    (out / "methods.json").write_text(json.dumps(rest), encoding="utf-8")
+    alone[alone.index("--work") + 1] = str(tmp_path / "fourth")
+    assert subprocess.run(alone, capture_output=True, text=True, timeout=600).returncode == 0
+    rest = json.loads((out / "methods.json").read_text(encoding="utf-8"))
+    assert {cell["name"] for cell in rest["cells"]} == set(cells)
+    assert "waiting" not in rest
+
     # a cell that cannot be is named with its reason, and the others are shown
     failed = subprocess.run(
         command(tmp_path, pico_model, own_text, "--only", "*/kept/0.5/random", "--flag", "align=128", "general=0"),
@@ -212,6 +231,18 @@ def test_the_form_of_refit_is_in_no_other_method_s_key(tmp_path: Path, pico_mode
     assert None not in keys
     assert keys[0] != keys[1]
     assert keys[2] == keys[3]
+
+
+def test_how_rows_are_chosen_is_in_the_key_of_those_that_choose_them(
+    tmp_path: Path, pico_model: Path, own_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = own_scene(own_text)
+    cells = [Cell(vocab, scene, {"ratio": 0.25, "vocab": vocab}, {}) for vocab in ("auto", "keep", "512")]
+    grid = Grid(Setup(str(pico_model), tmp_path, 2048, 64, 1024, 0), cells, [scene])
+    grid.write_texts(scene)
+    before = [grid.key(cell) for cell in cells]
+    monkeypatch.setitem(VERSIONS, "prices", VERSIONS["prices"] + 1)
+    assert [grid.key(cell) == key for cell, key in zip(cells, before, strict=True)] == [False, True, True]
 
 
 # pages ----------------------------------------------------------------------------------------------------------------

@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from cusprun.checkpoint import load_tokenizer
 from cusprun.corpora.catalog import cell, find_entries, load_catalog
 from cusprun.corpora.document import OwnText, Scenario, WeightedDocument
 from cusprun.corpora.library import open_shelf
 from cusprun.corpora.listing import pull, show, unreachable
 from cusprun.corpora.sampling import all_entries, dimension_corpora, evaluation_texts, general_text, questions
+from cusprun.corpora.selection import Selection
 from cusprun.corpora.split import Index, sign
 from cusprun.corpora.text import language_of
+from cusprun.dense import find_dense
+from cusprun.recipe import DEFAULT_MODEL
 
 pytestmark = pytest.mark.slow
 
@@ -90,6 +94,22 @@ def test_general_text_leaves_out_what_is_held_out_of_the_users_own(tmp_path: Pat
     assert resembling(general_text(LEGAL)) > 0
     assert resembling(general_text(LEGAL, own)) == 0
     assert resembling(general_text(LEGAL, dims={"style": path})) == 0
+
+
+def test_the_scenarios_own_documents_are_told_with_what_they_are_parts_of(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(find_dense(DEFAULT_MODEL).folder)
+    path = tmp_path / "own.jsonl"
+    texts = [f"{number} of ours. " * 40 for number in ("One", "Two", "Three", "Four")]
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    scenario = Scenario("en", "science", "summarization")
+    selection = Selection(scenario, (OwnText(path),), {}, (), 32768, 512, 1, 0, general=0.125)
+    own, every = selection.own_documents(tokenizer), selection.documents(tokenizer)
+    assert own.keys() <= {text for texts in every.values() for text in texts}
+    assert not own.keys() & set(every["general"])
+    assert any("of ours" in text for text in own)
+    papers = [original for original in own.values() if original.startswith("journal.")]
+    assert 30 < len(set(papers)) < len(papers) / 4  # sections of a paper and its abstract
+    assert len([text for text, original in own.items() if original not in papers]) > 100
 
 
 def test_a_document_is_on_the_same_side_in_every_scenario() -> None:

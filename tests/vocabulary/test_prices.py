@@ -196,6 +196,7 @@ def test_from_texts_to_a_trimmed_folder(tmp_path: Path, kind: str) -> None:
     again = load_prices(tmp_path / "prices.safetensors")
     assert (again.order == prices.order).all()
     assert (again.curve == prices.curve).all()
+    assert (again.own == prices.own).all()
     assert (again.rows, again.dense_nats, again.note) == (prices.rows, prices.dense_nats, prices.note)
     same = price_vocabulary(dense, TEXTS, weights, tokens=1500)
     assert (same.order == prices.order).all()
