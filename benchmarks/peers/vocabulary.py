@@ -4,14 +4,12 @@
 
 Prices come from calibration-side text alone. Every vocabulary then reads the same bytes of held-out text: windows of
 512 tokens as the dense tokenizer cuts them, at even distances, of which the second half is scored. Writes <out>.json,
-<out>.csv and <out>.md; a cell that is there already is not measured again.
+.csv, .md and .png; a cell that is there already is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import math
 import tempfile
@@ -22,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from cusprun.benchmarks.peers.vocabulary_page import write_pages
 from cusprun.checkpoint import load_model, load_tokenizer
 from cusprun.corpora.cache import cache_folder
 from cusprun.corpora.catalog import cell, make_scenario
@@ -30,7 +29,7 @@ from cusprun.corpora.packing import pack_windows, render
 from cusprun.corpora.sampling import dimension_corpora, evaluation_texts, general_text
 from cusprun.corpora.selection import Selection
 from cusprun.dense import Dense, find_dense
-from cusprun.files import write_json, written_whole
+from cusprun.files import write_json
 from cusprun.progress import say, track
 from cusprun.recipe import DEFAULT_MODEL, DEFAULT_TOKENS, WINDOW
 from cusprun.vocabulary import (
@@ -46,11 +45,6 @@ from cusprun.vocabulary import (
 
 REMOVED = (8192, 16384, 24576)  # rows
 WEIGHTS = {"scenario": 0.7, "language": 0.3}  # chosen on calibration-side documents set aside
-METHODS = {
-    "frequency": f"counts in {DEFAULT_TOKENS} calibration tokens, the later token of equal ones first",
-    "frequency, all text": "counts in all calibration-side text",
-    "expected loss": "expected count x measured cost of the split, in all calibration-side text",
-}
 
 
 @dataclass(frozen=True)
@@ -144,9 +138,11 @@ def removal_orders(
     return orders, prices
 
 
-def study(out: Path, tokens: int, removals: Sequence[int], scenario: Scenario) -> dict[str, Any]:
+def study(
+    out: Path, tokens: int, removals: Sequence[int], scenario: Scenario, model: str = DEFAULT_MODEL
+) -> dict[str, Any]:
     """All cells; continues what ``out``.json holds."""
-    dense = find_dense(DEFAULT_MODEL)
+    dense = find_dense(model)
     path = out.with_suffix(".json")
     key = Selection(scenario, (), {}, (), DEFAULT_TOKENS, WINDOW, 1, 0).key()
     settings = {
@@ -191,74 +187,19 @@ def study(out: Path, tokens: int, removals: Sequence[int], scenario: Scenario) -
     return found
 
 
-def as_csv(found: dict[str, Any]) -> str:
-    """One line for each method, size and text."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["method", "removed_rows", "share_of_parameters", "text", "bits_per_byte", "increase", "stderr"])
-    for row in found["cells"]:
-        for name, values in row["texts"].items():
-            figures = [f"{values[key]:.5f}" for key in ("bits_per_byte", "increase", "stderr")]
-            writer.writerow([row["method"], row["removed"], f"{row['share']:.4f}", name, *figures])
-    return text.getvalue()
-
-
-def as_page(found: dict[str, Any], out: Path) -> str:
-    """The table for people."""
-    settings, dense, note = found["settings"], found["dense"], found["prices"]
-    names = list(dense["nats"])
-    bits = {name: sum(dense["nats"][name]) / math.log(2) / dense["bytes"][name] for name in names}
-    rows = [
-        "| rows removed | of all parameters | chosen by | " + " | ".join(names) + " |",
-        "| ---: | ---: | --- |" + " ---: |" * len(names),
-        "| 0 | 0 % | dense | " + " | ".join(f"{bits[name]:.4f}" for name in names) + " |",
-    ]
-    for row in sorted(found["cells"], key=lambda row: row["removed"]):
-        cells = [
-            f"{values['bits_per_byte']:.4f} ({values['increase']:+.2%} ± {values['stderr']:.2%})"
-            for values in (row["texts"][name] for name in names)
-        ]
-        rows.append(f"| {row['removed']} | {row['share']:.1%} | {row['method']} | " + " | ".join(cells) + " |")
-    expected = "; ".join(f"{row['removed']} rows {row['expected']:+.2%}" for row in found["cells"] if "expected" in row)
-    return "\n".join(
-        [
-            "# Fewer tokens",
-            "",
-            f"`python -m cusprun.benchmarks.peers.vocabulary --out {out}`",
-            "",
-            f"{settings['model']}, {settings['scenario']}; bits per byte of held-out text and, in brackets, the "
-            f"increase over dense with its standard error over the windows. Up to {settings['tokens']} dense tokens of "
-            f"each text are read and the second half of each window of {WINDOW} is scored, the same bytes for every "
-            "vocabulary.",
-            "",
-            *rows,
-            "",
-            *(f"- {name}: {what}." for name, what in METHODS.items()),
-            "",
-            f"Splits were measured on {note['sample_tokens']} tokens at {note['places']} places: "
-            f"{note['mean_nats']:.2f} nats on the mean ({note['again']:.0%} of it where the token had been split "
-            "in the same window before), of whose variance the regression explains "
-            f"{note['explained']:.0%}. Increase that the prices expect, on the priced mixture of texts "
-            f"({settings['weights']}): {expected}.",
-            "",
-        ]
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/results/vocabulary"))
     parser.add_argument("--tokens", type=int, default=8192, help="dense tokens of each held-out text")
     parser.add_argument("--removed", type=int, nargs="+", default=REMOVED, help="rows that go")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="the dense model")
     parser.add_argument("--lang", default="en")
     parser.add_argument("--domain", default="legal")
     parser.add_argument("--task", default="qa")
     options = parser.parse_args()
     scenario = make_scenario(options.lang, options.domain, options.task)
-    found = study(options.out, options.tokens, options.removed, scenario)
-    for suffix, text in ((".csv", as_csv(found)), (".md", as_page(found, options.out))):
-        with written_whole(options.out.with_suffix(suffix)) as part:
-            part.write_text(text, encoding="utf-8")
+    found = study(options.out, options.tokens, options.removed, scenario, options.model)
+    write_pages(options.out, found)
 
 
 if __name__ == "__main__":
