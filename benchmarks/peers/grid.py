@@ -338,7 +338,7 @@ class Grid:
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """Results of cells from every JSON file of a study in the folder; other files hold none."""
-    found = []
+    found: dict[str, dict[str, Any]] = {}  # by key: two studies may hold one
     for path in sorted(folder.glob("*.json")):
         try:
             whole = json.loads(path.read_text(encoding="utf-8"))
@@ -347,8 +347,8 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
         lists = [whole.get(name) for name in ("cells", "waiting")] if isinstance(whole, dict) else []
         for record in chain.from_iterable(each for each in lists if isinstance(each, list)):
             if isinstance(record, dict) and {"key", "cell", "texts", "expert"} <= record.keys():
-                found.append({name: value for name, value in record.items() if name not in PAGE_FIELDS})
-    return found
+                found[record["key"]] = {name: value for name, value in record.items() if name not in PAGE_FIELDS}
+    return list(found.values())
 
 
 def flags_as_words(flags: Mapping[str, Any], names_only: bool = False) -> list[str]:
