@@ -105,11 +105,11 @@ class Cut:
             from cusprun.vocabulary import price_vocabulary
 
             tokenizer = load_tokenizer(self.dense.folder)
-            texts = self.selection.documents(tokenizer)
-            weights = price_weights(self.selection.shares(list(texts)))
+            text = self.selection.rendered(tokenizer)
+            weights = price_weights(self.selection.shares(list(text.by_dimension)))
             found = price_vocabulary(
-                self.dense.folder, texts, weights,
-                own=self.selection.own_documents(tokenizer), seed=self.recipe.seed, device=self.recipe.device,
+                self.dense.folder, text.by_dimension, weights,
+                own=text.own, originals=text.originals, seed=self.recipe.seed, device=self.recipe.device,
             )  # fmt: skip
             found.save(self.prices_path)
             return found.note

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from cusprun.anatomy import Anatomy
 from cusprun.corpora.selection import GENERAL
 from cusprun.vocabulary import VocabularyPrices
@@ -37,19 +39,17 @@ def row_choices(
     """
     if wanted is not None:
         return [RowsChoice(len(prices.rows_for(wanted)), 0.0)]
-    shares = prices.note["weights"]
-    per_token = sum(
-        shares[name] * corpus["bytes"] / corpus["tokens"] for name, corpus in prices.note["corpora"].items()
-    ) / sum(shares.values())
+    cost = prices.cost_of_tokens
     if not weighed:
-        kept = max(len(prices.auto(AUTO_NATS / per_token)), _fewest(anatomy, removed_share))
+        gone = int(np.searchsorted(cost, AUTO_NATS, side="right")) - 1
+        kept = max(anatomy.vocab_size - gone, _fewest(anatomy, removed_share))
         return [RowsChoice(len(prices.rows_for(kept)), 0.0)]
     choices = [RowsChoice(anatomy.vocab_size, 0.0)]
     for rows in range(anatomy.vocab_size - STEP, 0, -STEP):
         kept = len(prices.rows_for(rows))
         if kept >= choices[-1].rows:
             break
-        choices.append(RowsChoice(kept, float(prices.cost[anatomy.vocab_size - kept]) * per_token))
+        choices.append(RowsChoice(kept, float(cost[anatomy.vocab_size - kept])))
     return choices
 
 

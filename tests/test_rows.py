@@ -11,12 +11,16 @@ from cusprun.rows import AUTO_NATS, GENERAL_IN_PRICE, MOST, STEP, price_weights,
 from cusprun.vocabulary import VocabularyPrices
 
 ROWS, REMOVABLE = 8192, 6144
-BYTES_PER_TOKEN = 4.0
+BYTES_PER_TOKEN, OWN_BYTES_PER_TOKEN = 4.0, 3.0
 
 
 def prices(nats: float, own: float = 0.0) -> VocabularyPrices:
     """Each removable row costs ``nats`` a byte, and ``own`` of new text of the scenario's."""
-    note = {"weights": {"t": 1.0}, "corpora": {"t": {"tokens": 1000, "bytes": 1000 * BYTES_PER_TOKEN}}}
+    note = {
+        "weights": {"t": 1.0},
+        "corpora": {"t": {"tokens": 1000, "bytes": 1000 * BYTES_PER_TOKEN}},
+        "new_text": {"tokens": 1000, "bytes": 1000 * OWN_BYTES_PER_TOKEN} if own else None,
+    }
     gone = np.arange(REMOVABLE + 1)
     order = np.arange(ROWS - REMOVABLE, ROWS)[::-1].copy()
     return VocabularyPrices(ROWS, order, nats * gone, 1.0, note, own * gone)
@@ -43,11 +47,12 @@ def test_weighed_rows_come_in_steps_down_to_those_that_have_to_stay(anatomy: Ana
 
 
 def test_rows_cost_what_the_dearer_of_all_text_and_the_scenarios_own_takes(anatomy: Anatomy) -> None:
-    for found, nats in ((prices(1e-6, 3e-6), 3e-6), (prices(1e-6, 0.5e-6), 1e-6)):
+    dear, cheap = 3e-6 * OWN_BYTES_PER_TOKEN, 1e-6 * BYTES_PER_TOKEN
+    for found, nats in ((prices(1e-6, 3e-6), dear), (prices(1e-6, 1.2e-6), cheap)):  # 1.2 a byte are less a token
         losses = [choice.loss for choice in row_choices(found, anatomy, 0.25, None, True)]
-        assert losses == pytest.approx([number * STEP * nats * BYTES_PER_TOKEN for number in range(len(losses))])
-    (dear,) = row_choices(prices(0.0, AUTO_NATS / BYTES_PER_TOKEN / 640), anatomy, 0.9, None, False)
-    assert dear.rows == ROWS - 640
+        assert losses == pytest.approx([number * STEP * nats for number in range(len(losses))])
+    (only,) = row_choices(prices(0.0, 0.999 * AUTO_NATS / OWN_BYTES_PER_TOKEN / 640), anatomy, 0.9, None, False)
+    assert only.rows == ROWS - 640
 
 
 def test_a_number_is_the_one_choice(anatomy: Anatomy) -> None:

@@ -41,6 +41,7 @@ from cusprun.stages import VERSIONS
 PAGE_FIELDS = {"name", "scenario", "labels"}  # that a study's JSON adds to a result
 CONTEXT = 512  # tokens of an evaluation window, as llama-perplexity has them
 REFIT_ALONE = {"sensitivity", "spend", "refit"}  # stages whose change leaves the other methods' results as they are
+SAME_ORDER = {3: 2}  # versions of the vocabulary's prices whose tokens go in the order of an older one
 AFTER_PRUNE = {
     "model",
     "revision",
@@ -109,9 +110,9 @@ class Grid:
         records: Path | None = None,
     ) -> None:
         self.setup, self.also = setup, also
-        self.recorded: dict[str, list[dict[str, Any]]] = {}  # by name of the cell
+        self.recorded: set[str] = set()  # names of cells
         for record in read_records(records) if records is not None else []:
-            self.recorded.setdefault(record["cell"], []).append(record)
+            self.recorded.add(record["cell"])
             if not (path := self._path(record["key"])).is_file():
                 write_json(path, record)
         self.cells = {cell.name: cell for cell in cells}
@@ -257,10 +258,9 @@ class Grid:
         found: dict[str, Any] = json.loads(self._path(key).read_text(encoding="utf-8"))
         return found
 
-    def waiting(self) -> list[dict[str, Any]]:
-        """Records of cells whose number of tokens is not known any more: they may count again once it is."""
-        unknown = [cell for cell in self.cells.values() if cell.vocab_of is not None and self.flags(cell) is None]
-        return [record for cell in unknown for record in self.recorded.get(cell.name, ())]
+    def of_unknown_vocabulary(self) -> set[str]:
+        """Names of cells whose number of tokens is that of a cell without a result."""
+        return {cell.name for cell in self.cells.values() if cell.vocab_of is not None and self.flags(cell) is None}
 
     def _path(self, key: str) -> Path:
         return self.setup.work / "cells" / f"{key[:32]}.json"
@@ -281,8 +281,8 @@ class Grid:
             contents["form"] = "sequential"
         apart = LATER if recipe.method == "refit" else LATER | REFIT_ALONE
         versions = {stage: number for stage, number in VERSIONS.items() if stage not in apart}
-        if recipe.vocab != "auto":  # the order in which tokens go is that of version 2, how many go is given
-            versions["prices"] = 2
+        if recipe.vocab != "auto":  # how many tokens go is given
+            versions["prices"] = SAME_ORDER.get(versions["prices"], versions["prices"])
         measured = [CONTEXT, self.setup.eval_tokens, self.setup.questions, self.also and self.also[0]]
         selection = selection_key(cell.scene, self.setup.window)
         values = [self.dense.key, contents, selection, _sha256(texts), measured, versions]

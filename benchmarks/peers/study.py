@@ -8,6 +8,7 @@ An interrupted study goes on where it stopped; the pages show what there is and 
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -103,20 +104,35 @@ def _run(study: Study, options: argparse.Namespace) -> int:
     )  # fmt: skip
     out = options.out or Path("docs/results") / study.name
     grid = Grid(setup, cells, scenes, (study.name, study.also) if study.also else None, out.parent)
+    telling = Telling(study, options, wanted)
+    before = own_records(out.with_name(out.name + ".json"), telling.settings())
 
     def show(more: tuple[dict[str, Any], list[str]] = ({}, [])) -> None:
         found = {cell.name: grid.result(cell) for cell in cells}
         rows = [as_row(cell, result) for cell in cells if (result := found[cell.name]) is not None]
         missing = {name: grid.failures.get(name, "") for name, result in found.items() if result is None}
         figures, lines = more
-        if waiting := grid.waiting():
+        unknown = grid.of_unknown_vocabulary()
+        if waiting := [record for name, record in before if name in unknown]:
             figures = {**figures, "waiting": waiting}
-        write_pages(out, Telling(study, options, wanted), rows, missing, dense_figures(grid, scenes), figures, lines)
+        write_pages(out, telling, rows, missing, dense_figures(grid, scenes), figures, lines)
 
     grid.run(wanted, show)
     show(study.more(grid, options) if study.more else ({}, []))
     say(f"written: {out}.md .csv .json .png")
     return 1 if grid.failures else 0
+
+
+def own_records(path: Path, settings: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Cells of a study's JSON with these settings by name, with those that wait for another's tokens."""
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    if not isinstance(whole, dict) or whole.get("settings") != settings:
+        return []
+    by_key = {record["key"]: record for record in [*whole.get("cells", ()), *whole.get("waiting", ())]}
+    return [(record.get("name", record["cell"]), record) for record in by_key.values()]
 
 
 def chosen(cell: Cell, options: argparse.Namespace) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from cusprun.benchmarks.peers.expert_study import given_words
 from cusprun.benchmarks.peers.vocabulary_page import write_pages
 from cusprun.checkpoint import load_model, load_tokenizer
 from cusprun.corpora.cache import cache_folder
@@ -32,6 +33,7 @@ from cusprun.dense import Dense, find_dense
 from cusprun.files import write_json
 from cusprun.progress import say, track
 from cusprun.recipe import DEFAULT_MODEL, DEFAULT_TOKENS, WINDOW
+from cusprun.stages import VERSIONS
 from cusprun.vocabulary import (
     VocabularyPrices,
     count_tokens,
@@ -55,18 +57,22 @@ class Window:
     scored: str
 
 
-def priced_texts(scenario: Scenario, tokenizer: Any) -> dict[str, list[str]]:
-    """Calibration-side documents of the scenario's own cell, and all others in its language, as the model has them."""
+def priced_texts(scenario: Scenario, tokenizer: Any) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Calibration-side documents of the scenario's own cell, and all others in its language, as the model has them; and
+    the original that each is a piece of.
+    """
     mine = {entry.name for entry in cell(scenario)}
     corpora = [*dimension_corpora(scenario).values(), general_text(scenario)]
     documents = {item.document.id: item.document for corpus in corpora for item in corpus}
     texts: dict[str, list[str]] = {"scenario": [], "language": []}
+    originals = {}
     for _, document in sorted(documents.items()):
-        if document.entry in mine:
-            texts["scenario"].append(render(document, tokenizer))
-        elif document.language == (scenario.language or "en"):
-            texts["language"].append(render(document, tokenizer))
-    return texts
+        own = document.entry in mine
+        if own or document.language == (scenario.language or "en"):
+            text = render(document, tokenizer)
+            texts["scenario" if own else "language"].append(text)
+            originals[text] = document.original or document.id
+    return texts, originals
 
 
 def cut_windows(documents: Sequence[str], tokenizer: Any, count: int) -> list[Window]:
@@ -118,12 +124,13 @@ def compare(nats: Sequence[float], dense: Sequence[float], n_bytes: int) -> dict
 
 
 def removal_orders(
-    dense: Dense, scenario: Scenario, texts: dict[str, list[str]], work: Path
+    dense: Dense, scenario: Scenario, texts: dict[str, list[str]], originals: dict[str, str], work: Path
 ) -> tuple[dict[str, np.ndarray], VocabularyPrices]:
     """For each method the ids in the order in which they go; and the prices, kept in ``work``."""
-    path = work / f"prices-{dense.key[:16]}.safetensors"
+    path = work / f"prices-{VERSIONS['prices']}-{dense.key[:16]}.safetensors"
     if not path.is_file():
-        price_vocabulary(dense.folder, texts, WEIGHTS).save(path)
+        found = price_vocabulary(dense.folder, texts, WEIGHTS, own=texts["scenario"], originals=originals)
+        found.save(path)
     prices = load_prices(path)
     tokenizer, pieces = load_tokenizer(dense.folder), read_pieces(dense.folder)
     corpora = dimension_corpora(scenario)
@@ -153,8 +160,10 @@ def study(
     if path.is_file() and (saved := json.loads(path.read_text(encoding="utf-8")))["settings"] == settings:
         found = saved
     tokenizer = load_tokenizer(dense.folder)
-    texts = priced_texts(scenario, tokenizer)
-    orders, prices = removal_orders(dense, scenario, texts, cache_folder() / "studies" / "vocabulary" / key[:16])
+    texts, originals = priced_texts(scenario, tokenizer)
+    orders, prices = removal_orders(
+        dense, scenario, texts, originals, cache_folder() / "studies" / "vocabulary" / key[:16]
+    )
     held_out = {
         name: cut_windows([render(document, tokenizer) for document in documents], tokenizer, tokens // WINDOW)
         for name, documents in evaluation_texts(scenario).items()
@@ -181,6 +190,7 @@ def study(
             }
             if method == "expected loss":
                 row["expected"] = float(prices.curve[removed]) / prices.dense_nats
+                row["expected_new_text"] = float(prices.new_text[removed]) / prices.dense_nats
             found["cells"].append(row)
             write_json(path, found)
             say(f"{method}, {removed} rows: " + ", ".join(f"{n} {v['increase']:+.2%}" for n, v in row["texts"].items()))
@@ -199,6 +209,8 @@ def main() -> None:
     options = parser.parse_args()
     scenario = make_scenario(options.lang, options.domain, options.task)
     found = study(options.out, options.tokens, options.removed, scenario, options.model)
+    found["command"] = " ".join(["python -m cusprun.benchmarks.peers.vocabulary", *given_words()])
+    write_json(options.out.with_suffix(".json"), found)
     write_pages(options.out, found)
 
 

@@ -34,12 +34,9 @@ class Document:
     task: str | None  # None for running text
     turns: tuple[Message, ...] = ()
     question: Question | None = None
-
-    @property
-    def original(self) -> str:
-        """Name of the text that this is a part of: a paper's of its sections and abstract, a folder's of its files."""
-        key = self.id[len(self.entry) + 1 :].partition("#")[0]
-        return key.rpartition("/")[0] or key
+    original: str = (
+        ""  # of what text this is a piece: a paper's sections and abstract, a file's or row's pieces share it
+    )
 
 
 @dataclass(frozen=True)
@@ -104,6 +101,7 @@ def to_json(document: Document) -> dict[str, Any]:
         "language": document.language,
         "domain": document.domain,
         "task": document.task,
+        "original": document.original,
     }
     if document.turns:
         row["turns"] = [[turn.role, turn.content] for turn in document.turns]
@@ -122,6 +120,7 @@ def from_json(row: dict[str, Any]) -> Document:
         language=row["language"],
         domain=row["domain"],
         task=row["task"],
+        original=row["original"],
         turns=tuple(Message(role, content) for role, content in row.get("turns", ())),
         question=Question(question[0], tuple(question[1]), question[2]) if question else None,
     )

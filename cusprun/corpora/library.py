@@ -34,6 +34,7 @@ from cusprun.errors import Failed
 from cusprun.files import folder_written_whole
 from cusprun.progress import say
 
+ROW = 2  # raise when what is kept of a document changes
 LEAST_SIDE = 0.1  # of a user's characters, for calibration as for evaluation
 OWN_SIDES = 3  # raise when a user's text comes to other sides
 
@@ -82,7 +83,15 @@ def is_read(entry: Entry) -> bool:
 
 def _read_folder(entry: Entry) -> Path:
     """Named after everything that the documents and their sides depend on."""
-    settings = [VERSION, PERMUTATIONS, SHINGLE, THRESHOLD, HELD_OUT, entry.model_dump(mode="json", exclude={"tried"})]
+    settings = [
+        VERSION,
+        ROW,
+        PERMUTATIONS,
+        SHINGLE,
+        THRESHOLD,
+        HELD_OUT,
+        entry.model_dump(mode="json", exclude={"tried"}),
+    ]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return cache_folder() / "read" / f"{entry.name}-{key[:16]}"
 
@@ -98,8 +107,11 @@ def _read_entry(entry: Entry) -> tuple[list[Document], list[str]]:
         for number, piece in enumerate(pieces):
             key = draft.key if len(pieces) == 1 else f"{draft.key}#{number}"
             tags = (entry.language, entry.domain, entry.task)
-            documents.append(Document(f"{entry.name}/{key}", piece, entry.name, *tags, draft.turns, draft.question))
-            groups.append(draft.group or draft.key)
+            group = draft.group or draft.key
+            original = f"{entry.family or entry.name}/{group}"
+            identity = f"{entry.name}/{key}"
+            documents.append(Document(identity, piece, entry.name, *tags, draft.turns, draft.question, original))
+            groups.append(group)
     return documents, groups
 
 

@@ -95,7 +95,7 @@ def _read_file(path: Path, entry: str, scenario: Scenario) -> Iterator[tuple[Doc
         for text, turns, question in read_row(row, where):
             key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
             tags = (scenario.language, scenario.domain, scenario.task)
-            yield Document(f"{entry}/{key}", text, entry, *tags, turns, question), where
+            yield Document(f"{entry}/{key}", text, entry, *tags, turns, question, where), where
 
 
 def _read_text(path: Path) -> str:

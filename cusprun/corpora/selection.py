@@ -32,6 +32,17 @@ ASIDE_EACH = 16  # one calibration document in so many is set aside
 
 
 @dataclass(frozen=True)
+class RenderedText:
+    """Documents as one tokenizer's model reads them: by dimension; of each text the original that it is a piece of; and
+    the texts of the scenario's own cell and of the user's ``--corpus``.
+    """
+
+    by_dimension: dict[str, list[str]]
+    originals: dict[str, str]
+    own: set[str]
+
+
+@dataclass(frozen=True)
 class Selection:
     """Which text: a scenario with the user's own text and dimensions, and how much of it."""
 
@@ -79,22 +90,23 @@ class Selection:
             corpora |= {GENERAL: text} if text else {}
         return corpora
 
-    def documents(self, tokenizer: Any) -> dict[str, list[str]]:
-        """All calibration documents by dimension, rendered for the tokenizer; those set aside are not among them."""
-        return {
-            name: [render(item.document, tokenizer) for item in _used(documents, aside=False)]
-            for name, documents in self.corpora.items()
-        }
-
-    def own_documents(self, tokenizer: Any) -> dict[str, str]:
-        """Those of :meth:`documents` that are the scenario's own or the user's, each with the name of its original."""
+    def rendered(self, tokenizer: Any) -> RenderedText:
+        """All calibration documents as the model reads them; those set aside are not among them."""
         names = {entry.name for entry in cell(self.scenario, self.include)} | {own_name(text) for text in self.own}
-        return {
-            render(item.document, tokenizer): item.document.original
-            for documents in self.corpora.values()
-            for item in _used(documents, aside=False)
-            if item.document.entry in names
-        }
+        texts: dict[str, list[str]] = {}
+        originals: dict[str, str] = {}
+        own, known = set[str](), dict[str, str]()
+        for dimension, documents in self.corpora.items():
+            texts[dimension] = []
+            for document in (item.document for item in _used(documents, aside=False)):
+                if document.id not in known:
+                    known[document.id] = render(document, tokenizer)
+                text = known[document.id]
+                texts[dimension].append(text)
+                originals[text] = document.original or document.id
+                if document.entry in names:
+                    own.add(text)
+        return RenderedText(texts, originals, own)
 
     def shares(self, dimensions: Sequence[str]) -> dict[str, int]:
         """Calibration tokens of each dimension, the fewest windows at least.

@@ -1,13 +1,16 @@
 """What fewer tokens cost the scenario's own text that nothing was counted from.
 
 A new paper brings words that none of the counted ones has. So the scenario's documents are dealt into folds, the pieces
-of one original together, and each fold pays for the order in which the tokens would go by the rest of the text.
+of one original together, and each fold pays for the order in which the tokens would go by the rest of the text, from
+which everything of the fold's originals is left out. What the model gave the tokens to expect, and what splits cost,
+was measured on windows of all the text: where that is little, the price of what is new is too low.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,49 +20,70 @@ from cusprun.vocabulary.usage import Usage, count_tokens
 FOLDS = 8
 
 
-def deal(own: Mapping[str, str]) -> dict[str, int]:
-    """The fold of each text of ``own``, which names the original that it is a part of.
+@dataclass(frozen=True)
+class NewText:
+    """``curve`` (removable + 1,) float64: extra nats per byte of new text of the scenario after so many rows."""
 
-    Where there are fewer originals than FOLDS the texts are dealt one by one; empty where these are too few as well.
+    curve: np.ndarray
+    tokens: int  # of the text that paid, as the dense tokenizer has it
+    n_bytes: int
+    folds: int
+
+
+def deal(own: Collection[str], originals: Mapping[str, str]) -> dict[str, int]:
+    """The fold of each original of ``own``: the largest first, each to the fold that has the least text.
+
+    ``originals`` name what each text is a piece of. Where all are pieces of one they are dealt as originals of their
+    own. Empty where there are not two.
     """
-    if len(own) < FOLDS:
+    sizes: dict[str, int] = {}
+    for text in own:
+        sizes[originals[text]] = sizes.get(originals[text], 0) + len(text)
+    if len(sizes) < 2:
+        sizes = {text: len(text) for text in own}
+    if len(sizes) < 2:
         return {}
-    apart = len(set(own.values())) < FOLDS
-    return {text: zlib.crc32((text if apart else original).encode("utf-8", "replace")) % FOLDS
-            for text, original in own.items()}  # fmt: skip
+    folds, given = {}, [0] * min(FOLDS, len(sizes))
+    for name, size in sorted(
+        sizes.items(), key=lambda each: (-each[1], zlib.crc32(each[0].encode("utf-8", "replace")))
+    ):
+        fold = given.index(min(given))
+        folds[name] = fold
+        given[fold] += size
+    return folds
 
 
 def price_new_text(
     texts: Mapping[str, Sequence[str]],
     usages: Mapping[str, Usage],
-    own: Mapping[str, str],
+    own: Collection[str],
+    originals: Mapping[str, str],
     tokenizer: Any,
     order_by: Callable[[Mapping[str, Usage]], np.ndarray],
     cost: Callable[[Usage], np.ndarray],
-) -> np.ndarray:
-    """Extra nats per byte of new text of the scenario after so many rows, (removable + 1,) float64.
-
-    One zero where there is too little of it to tell.
+) -> NewText | None:
+    """Each fold of ``own`` pays for the order by the rest; None where there is too little of it to tell.
 
     ``usages`` count ``texts`` by corpus; ``order_by`` gives the order of removal by such counts, ``cost`` the nats that
     each token's absence adds to what a usage counts, (rows,).
     """
-    folds = deal(own)
+    folds = deal(own, originals)
     rows = next(iter(usages.values())).counts.shape[0]
-    curves, n_bytes = [], 0
+
+    def fold_of(text: str) -> int | None:
+        return folds.get(originals[text], folds.get(text))
+
+    curves, tokens, n_bytes = [], 0, 0
     for fold in sorted(set(folds.values())):
-        left_out = {text for text, number in folds.items() if number == fold}
         rest = {
-            name: usage - count_tokens((text for text in texts[name] if text in left_out), tokenizer, rows)
+            name: usage - count_tokens((text for text in texts[name] if fold_of(text) == fold), tokenizer, rows)
             for name, usage in usages.items()
         }
         if not all(usage.tokens for usage in rest.values()):
             continue  # a corpus of this fold alone
-        new = count_tokens(left_out, tokenizer, rows)
+        new = count_tokens((text for text in own if fold_of(text) == fold), tokenizer, rows)
         curves.append(np.concatenate([[0.0], np.cumsum(cost(new)[order_by(rest)])]))
-        n_bytes += new.n_bytes
+        tokens, n_bytes = tokens + new.tokens, n_bytes + new.n_bytes
     if not n_bytes:
-        return np.zeros(1)
-    length = max(map(len, curves))
-    summed: np.ndarray = np.sum([np.pad(curve, (0, length - len(curve)), mode="edge") for curve in curves], axis=0)
-    return summed / n_bytes
+        return None
+    return NewText(np.sum(curves, axis=0) / n_bytes, tokens, n_bytes, len(curves))

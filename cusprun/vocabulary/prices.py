@@ -7,7 +7,7 @@ that is what a smaller vocabulary costs.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from cusprun.vocabulary.splits import SAMPLE, SplitCosts, measure_splits
 from cusprun.vocabulary.usage import Usage, count_tokens, expected_rates
 
 MULTIPLE = 64  # row counts that runtimes like
-AUTO = 0.002  # of the dense model's loss: what `auto` lets the expected loss grow by
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class VocabularyPrices:
 
     ``order`` (removable,) int64: ids, least costly first; what is left of the vocabulary after any number of them is
     closed under merges. ``curve`` (removable + 1,) float64: expected extra nats per byte of text after so many rows;
-    ``own`` likewise: of new text of the scenario itself, zeros where none was told apart.
+    ``new_text`` likewise: of new text of the scenario itself, zeros where none was told apart.
     """
 
     rows: int
@@ -41,12 +40,22 @@ class VocabularyPrices:
     curve: np.ndarray
     dense_nats: float  # the dense model's loss on a byte of the sample
     note: dict[str, Any]
-    own: np.ndarray
+    new_text: np.ndarray
 
     @property
     def cost(self) -> np.ndarray:
-        """The dearer of ``curve`` and ``own`` after so many rows, (removable + 1,) float64."""
-        return np.maximum(self.curve, self.own)
+        """Extra nats per byte, of the dearer of ``curve`` and ``new_text`` after so many rows, (removable + 1,)."""
+        return np.maximum(self.curve, self.new_text)
+
+    @property
+    def cost_of_tokens(self) -> np.ndarray:
+        """The same per token: each text's bytes by the tokens that the dense tokenizer makes of it."""
+        weights, corpora = self.note["weights"], self.note["corpora"]
+        mean = sum(weights[name] * each["bytes"] / each["tokens"] for name, each in corpora.items()) / sum(
+            weights[name] for name in corpora
+        )
+        new = self.note["new_text"]
+        return np.maximum(self.curve * mean, self.new_text * (new["bytes"] / new["tokens"] if new else 0.0))
 
     def rows_for(self, rows: int, multiple: int = MULTIPLE) -> list[int]:
         """Ids that stay, ascending, where ``rows`` are wanted: rounded up to a multiple, no fewer than have to stay.
@@ -61,19 +70,13 @@ class VocabularyPrices:
         kept: list[int] = np.flatnonzero(stays).tolist()
         return kept
 
-    def auto(self, nats: float | None = None, multiple: int = MULTIPLE) -> list[int]:
-        """Ids that stay where the expected loss may grow by ``nats`` a byte, by default AUTO of the dense model's."""
-        most = AUTO * self.dense_nats if nats is None else nats
-        gone = int(np.searchsorted(self.cost, most, side="right")) - 1
-        return self.rows_for(self.rows - gone, multiple)
-
     def save(self, path: Path) -> None:
         """Writes one safetensors file, whole or not at all."""
         from safetensors.numpy import save_file
 
         numbers = {"rows": self.rows, "dense_nats": self.dense_nats, "note": self.note}
         with written_whole(path) as part:
-            tensors = {"order": self.order, "curve": self.curve, "own": self.own}
+            tensors = {"order": self.order, "curve": self.curve, "new_text": self.new_text}
             save_file(tensors, part, metadata={"prices": json.dumps(numbers, sort_keys=True)})
 
 
@@ -83,7 +86,7 @@ def load_prices(path: Path) -> VocabularyPrices:
 
     with safe_open(path, framework="numpy") as file:
         numbers = json.loads(file.metadata()["prices"])
-        tensors = {name: file.get_tensor(name) for name in ("order", "curve", "own")}
+        tensors = {name: file.get_tensor(name) for name in ("order", "curve", "new_text")}
         return VocabularyPrices(**tensors, **numbers)
 
 
@@ -92,7 +95,8 @@ def price_vocabulary(
     texts: Mapping[str, Sequence[str]],
     weights: Mapping[str, float],
     *,
-    own: Mapping[str, str] | None = None,
+    own: Collection[str] = (),
+    originals: Mapping[str, str] | None = None,
     tokens: int = SAMPLE,
     seed: int = 0,
     device: str = "cpu",
@@ -100,8 +104,8 @@ def price_vocabulary(
     """Prices of the model in ``folder`` on documents by corpus, rendered as the model reads them.
 
     All of the text is counted; about ``tokens`` tokens of it go through the model. ``weights`` are the corpora's
-    shares of the price. ``own`` are those of the texts that are the scenario's own, each with the name of the original
-    that it is a part of. Raises InvalidRequest where the tokenizer is of a kind that cannot be trimmed.
+    shares of the price. ``own`` are those of the texts that are the scenario's own; ``originals`` name what each text
+    is a piece of, by default itself. Raises InvalidRequest where the tokenizer is of a kind that cannot be trimmed.
     """
     pieces = read_pieces(folder)
     tokenizer = load_tokenizer(folder)
@@ -109,15 +113,15 @@ def price_vocabulary(
     counted = expected_rates(usages, weights)
     costs = measure_splits(folder, pieces, texts, counted, tokens=tokens, seed=seed, device=device)
     prices = set_prices(pieces, usages, weights, costs)
-    if not own:
-        return prices
     new = price_new_text(
-        texts, usages, own, tokenizer,
+        texts, usages, own, originals or {text: text for documents in texts.values() for text in documents}, tokenizer,
         lambda rest: order_removals(pieces, _price(pieces, rest, weights, costs)),
         lambda usage: usage.occurrences(costs.again) * _nats(pieces, costs),
     )  # fmt: skip
-    length = len(prices.curve)
-    return replace(prices, own=np.pad(new[:length], (0, max(0, length - len(new))), mode="edge"))
+    if new is None:
+        return prices
+    note = {**prices.note, "new_text": {"tokens": new.tokens, "bytes": new.n_bytes, "folds": new.folds}}
+    return replace(prices, new_text=new.curve, note=note)
 
 
 def _nats(pieces: Pieces, costs: SplitCosts) -> np.ndarray:
@@ -143,6 +147,7 @@ def set_prices(
         "sample_tokens": costs.tokens,
         "weights": dict(weights),
         "corpora": {name: {"tokens": usage.tokens, "bytes": usage.n_bytes} for name, usage in usages.items()},
+        "new_text": None,
     }
     curve = np.concatenate([[0.0], np.cumsum(price[order])])
     return VocabularyPrices(pieces.rows, order, curve, costs.dense_nats, note, np.zeros_like(curve))

@@ -96,20 +96,26 @@ def test_general_text_leaves_out_what_is_held_out_of_the_users_own(tmp_path: Pat
     assert resembling(general_text(LEGAL, dims={"style": path})) == 0
 
 
-def test_the_scenarios_own_documents_are_told_with_what_they_are_parts_of(tmp_path: Path) -> None:
+def test_texts_are_told_with_what_they_are_pieces_of_and_whose_they_are(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(find_dense(DEFAULT_MODEL).folder)
-    path = tmp_path / "own.jsonl"
-    texts = [f"{number} of ours. " * 40 for number in ("One", "Two", "Three", "Four")]
-    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    scenario = Scenario("en", "science", "summarization")
-    selection = Selection(scenario, (OwnText(path),), {}, (), 32768, 512, 1, 0, general=0.125)
-    own, every = selection.own_documents(tokenizer), selection.documents(tokenizer)
-    assert own.keys() <= {text for texts in every.values() for text in texts}
-    assert not own.keys() & set(every["general"])
-    assert any("of ours" in text for text in own)
-    papers = [original for original in own.values() if original.startswith("journal.")]
-    assert 30 < len(set(papers)) < len(papers) / 4  # sections of a paper and its abstract
-    assert len([text for text, original in own.items() if original not in papers]) > 100
+    folder = tmp_path / "ours"
+    folder.mkdir()
+    for name in "abcdefgh":
+        lines = [f"Line {number} of {name}, which is ours." for number in range(300)]
+        (folder / f"{name}.txt").write_text("\n\n".join(lines))
+    scenario = Scenario("en", "science", "qa")
+    found = Selection(scenario, (OwnText(folder),), {}, (), 32768, 512, 1, 0, general=0.125).rendered(tokenizer)
+    assert found.originals.keys() == {text for texts in found.by_dimension.values() for text in texts}
+    assert not found.own & set(found.by_dimension["general"])
+    files = {found.originals[text] for text in found.own if "which is ours" in text}
+    assert 2 < len(files) < len([text for text in found.own if "which is ours" in text]) / 2
+    assert files < {str(path) for path in folder.iterdir()}
+
+    papers = {original for text in found.own if (original := found.originals[text]).startswith("plos")}
+    sections = [text for text in found.own if found.originals[text] in papers]
+    assert 30 < len(papers) < len(sections) / 4
+    outside = set(found.by_dimension["language"]) - found.own  # the abstracts of these papers are for other tasks
+    assert len([text for text in outside if found.originals[text] in papers]) > 20
 
 
 def test_a_document_is_on_the_same_side_in_every_scenario() -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cusprun.checkpoint import load_tokenizer
-from cusprun.vocabulary import count_tokens, expected_rates, order_removals, price_vocabulary, read_pieces
+from cusprun.vocabulary import Usage, count_tokens, expected_rates, order_removals, price_vocabulary, read_pieces
 from cusprun.vocabulary.novelty import FOLDS, deal, price_new_text
-from tests.pico import SENTENCES
 from tests.vocabulary.tokenizers_made import DECLARATION, make
 
 
@@ -19,69 +19,89 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("dense") / "model")
 
 
-def test_pieces_of_one_original_share_a_fold() -> None:
-    papers = {f"{paper}, section {number}": f"paper {paper}" for paper in range(40) for number in range(5)}
-    folds = deal(papers)
-    assert set(folds.values()) == set(range(FOLDS))
-    for paper in range(40):
-        assert len({folds[f"{paper}, section {number}"] for number in range(5)}) == 1
+def test_folds_hold_whole_originals_and_as_much_text_each() -> None:
+    papers = {
+        f"{paper}, section {number} " * (1 + paper % 7): f"paper {paper}" for paper in range(40) for number in range(5)
+    }
+    folds = deal(papers, papers)
+    assert set(folds) == set(papers.values())
+    given = Counter()
+    for text, paper in papers.items():
+        given[folds[paper]] += len(text)
+    assert len(given) == FOLDS
+    assert max(given.values()) < 1.2 * min(given.values())
+    assert deal(reversed(list(papers)), papers) == folds
 
 
-def test_pieces_of_few_originals_are_dealt_one_by_one() -> None:
-    book = {f"page {number}": "book" for number in range(200)}
-    assert set(deal(book).values()) == set(range(FOLDS))
-    assert deal({f"page {number}": f"book {number}" for number in range(FOLDS - 1)}) == {}
+def test_few_originals_are_a_fold_each_and_one_alone_is_cut() -> None:
+    books = {f"page {number}": f"book {number % 3}" for number in range(30)}
+    assert sorted(deal(books, books).values()) == [0, 1, 2]
+    book = dict.fromkeys(books, "book")
+    assert set(deal(book, book)) == set(book)
+    assert set(deal(book, book).values()) == set(range(FOLDS))
+    assert deal(["page"], {"page": "book"}) == {}
+    assert deal([], {}) == {}
 
 
-def test_every_fold_pays_for_the_order_of_the_rest(dense: Path) -> None:
+def test_every_fold_pays_for_the_order_of_what_is_left_without_its_originals(dense: Path) -> None:
+    """Another corpus holds a summary of each original: it is left out with it."""
     pieces, tokenizer = read_pieces(dense), load_tokenizer(dense)
-    own = {f"{SENTENCES[number % 3]} {number}": f"original {number}" for number in range(24)}
-    texts = {"scenario": list(own), "language": [DECLARATION["en"]]}
-    weights = {"scenario": 1.0, "language": 1.0}
+    words = [word for language in DECLARATION for word in DECLARATION[language].split()]
+    own = [" ".join(words[start : start + 5]) for start in range(0, 5 * 24, 5)]
+    summaries = [" ".join(text.split()[::2]) for text in own]
+    texts = {"scenario": own, "task": summaries, "language": [DECLARATION["en"]]}
+    originals = {text: f"original {number // 3}" for each in (own, summaries) for number, text in enumerate(each)}
+    originals[DECLARATION["en"]] = "declaration"
     usages = {name: count_tokens(documents, tokenizer, pieces.rows) for name, documents in texts.items()}
-    nats = np.random.default_rng(0).random(pieces.rows)
+    nats = 0.5 + np.random.default_rng(0).random(pieces.rows)
 
-    def order_by(rest: dict) -> np.ndarray:
-        return order_removals(pieces, expected_rates(rest, weights) * nats)
+    def order_by(counted: dict[str, Usage]) -> np.ndarray:
+        return order_removals(pieces, expected_rates(counted, dict.fromkeys(texts, 1.0)) * nats)
 
-    found = price_new_text(texts, usages, own, tokenizer, order_by, lambda usage: usage.occurrences(0.5) * nats)
-    folds = deal(own)
-    gone, total, n_bytes = len(found) - 1, 0.0, 0
-    for fold in set(folds.values()):
-        new = [text for text in own if folds[text] == fold]
-        kept = [text for text in own if folds[text] != fold]
-        order = order_by({
-            "scenario": count_tokens(kept, tokenizer, pieces.rows), "language": usages["language"],
-        })  # fmt: skip
-        for text in new:
-            ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"])
-            for identity in order[:gone]:
-                times = int((ids == identity).sum())
-                total += nats[identity] * (times and 1 + 0.5 * (times - 1))
-            n_bytes += len(text.encode())
-    assert total > 0
-    assert found[gone] == pytest.approx(total / n_bytes)
-    assert found[0] == 0
-    assert (np.diff(found) >= 0).all()
+    def occurrences(documents: list[str]) -> np.ndarray:
+        return count_tokens(documents, tokenizer, pieces.rows).occurrences(0.5) * nats
+
+    found = price_new_text(
+        texts, usages, own, originals, tokenizer, order_by, lambda usage: usage.occurrences(0.5) * nats
+    )
+    assert found is not None
+    assert found.folds == FOLDS
+    assert found.n_bytes == sum(len(text.encode()) for text in own)
+    expected, leaking, seen = (np.zeros(len(found.curve)) for _ in range(3))
+    for name in set(originals.values()) - {"declaration"}:
+        new = occurrences([text for text in own if originals[text] == name])
+        without = {
+            corpus: [text for text in documents if originals[text] != name] for corpus, documents in texts.items()
+        }
+        for total, left in ((expected, without), (leaking, {**without, "task": summaries}), (seen, texts)):
+            counted = {corpus: count_tokens(each, tokenizer, pieces.rows) for corpus, each in left.items()}
+            total[1:] += np.cumsum(new[order_by(counted)])
+    assert found.curve == pytest.approx(expected / found.n_bytes)
+    places = [len(expected) // 2, len(expected) * 3 // 4]
+    assert (expected[places] > 1.05 * leaking[places]).all()
+    assert (leaking[places] > 1.05 * seen[places]).all()
 
 
 def test_words_of_one_original_alone_are_dear_to_the_next(dense: Path) -> None:
     """Languages that one original each is written in: new text of them has words that the rest never showed."""
     words = [word for language in DECLARATION for word in DECLARATION[language].split()]
-    assert len(words) > 80
-    own = {f"{' '.join(words[start : start + 10])} " * 12: f"original {start}" for start in range(0, 80, 10)}
-    same = {f"{' '.join(words)} {'.' * number}": f"original {number}" for number in range(8)}
-    weights = {"scenario": 1.0}
+    own = [f"{' '.join(words[start : start + 10])} " * 12 for start in range(0, 80, 10)]
+    same = [f"{' '.join(words)} {'.' * number}" for number in range(8)]
     for texts, dear in ((own, True), (same, False)):
-        prices = price_vocabulary(dense, {"scenario": list(texts)}, weights, own=texts, tokens=1500)
-        assert len(prices.own) == len(prices.curve)
+        prices = price_vocabulary(dense, {"scenario": texts}, {"scenario": 1.0}, own=texts, tokens=1500)
+        assert len(prices.new_text) == len(prices.curve)
         half = len(prices.order) // 2
-        assert (prices.own[half] > prices.curve[half]) is np.bool_(dear)
-        assert (prices.cost == np.maximum(prices.own, prices.curve)).all()
+        assert (prices.new_text[half] > prices.curve[half]) is np.bool_(dear)
+        assert (prices.cost == np.maximum(prices.new_text, prices.curve)).all()
+        counted = prices.note["new_text"]
+        assert counted["bytes"] == sum(len(text.encode()) for text in texts)
+        ratio = counted["bytes"] / counted["tokens"]
+        assert (prices.cost_of_tokens == pytest.approx(prices.cost * ratio)) is True
 
 
 def test_too_little_own_text_tells_nothing(dense: Path) -> None:
     texts = {"scenario": [DECLARATION["en"] * 20]}
-    prices = price_vocabulary(dense, texts, {"scenario": 1.0}, own={"a": "b"}, tokens=1500)
-    assert not prices.own.any()
+    prices = price_vocabulary(dense, texts, {"scenario": 1.0}, own=texts["scenario"], tokens=1500)
+    assert not prices.new_text.any()
+    assert prices.note["new_text"] is None
     assert (prices.cost == prices.curve).all()
