@@ -336,15 +336,21 @@ class Grid:
         return path
 
 
+def read_study(path: Path) -> dict[str, Any]:
+    """A study's JSON; empty where the file is none."""
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return whole if isinstance(whole, dict) else {}
+
+
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """Results of cells from every JSON file of a study in the folder; other files hold none."""
     found: dict[str, dict[str, Any]] = {}  # by key: two studies may hold one
     for path in sorted(folder.glob("*.json")):
-        try:
-            whole = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        lists = [whole.get(name) for name in ("cells", "waiting")] if isinstance(whole, dict) else []
+        whole = read_study(path)
+        lists = [whole.get(name) for name in ("cells", "waiting")]
         for record in chain.from_iterable(each for each in lists if isinstance(each, list)):
             if isinstance(record, dict) and {"key", "cell", "texts", "expert"} <= record.keys():
                 found[record["key"]] = {name: value for name, value in record.items() if name not in PAGE_FIELDS}

@@ -8,7 +8,6 @@ An interrupted study goes on where it stopped; the pages show what there is and 
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from cusprun.benchmarks.peers.grid import Also, Cell, Grid, Setup
+from cusprun.benchmarks.peers.grid import Also, Cell, Grid, Setup, read_study
 from cusprun.benchmarks.peers.scenes import SCENES, Scene, find_scenes, own_scene
 from cusprun.benchmarks.peers.study_page import Picture, Row, as_row, write_pages
 from cusprun.corpora.cache import cache_folder
@@ -125,11 +124,8 @@ def _run(study: Study, options: argparse.Namespace) -> int:
 
 def own_records(path: Path, settings: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Cells of a study's JSON with these settings by name, with those that wait for another's tokens."""
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    if not isinstance(whole, dict) or whole.get("settings") != settings:
+    whole = read_study(path)
+    if whole.get("settings") != settings:
         return []
     by_key = {record["key"]: record for record in [*whole.get("cells", ()), *whole.get("waiting", ())]}
     return [(record.get("name", record["cell"]), record) for record in by_key.values()]

@@ -34,9 +34,7 @@ class Document:
     task: str | None  # None for running text
     turns: tuple[Message, ...] = ()
     question: Question | None = None
-    original: str = (
-        ""  # of what text this is a piece: a paper's sections and abstract, a file's or row's pieces share it
-    )
+    original: str = ""  # what it is a piece of: sections of a paper and its abstract share it, pieces of a file or row
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from cusprun.corpora.archives import read_members
 from cusprun.corpora.cache import cache_folder, make_folder
 from cusprun.corpora.catalog import Entry, Source
 from cusprun.corpora.document import Document, Scenario, from_json, to_json
-from cusprun.corpora.own import read_originals
+from cusprun.corpora.own import read_own
 from cusprun.corpora.parsers import VERSION, Draft, find_parser
 from cusprun.corpora.sources import fetch
 from cusprun.corpora.split import (
@@ -83,15 +83,8 @@ def is_read(entry: Entry) -> bool:
 
 def _read_folder(entry: Entry) -> Path:
     """Named after everything that the documents and their sides depend on."""
-    settings = [
-        VERSION,
-        ROW,
-        PERMUTATIONS,
-        SHINGLE,
-        THRESHOLD,
-        HELD_OUT,
-        entry.model_dump(mode="json", exclude={"tried"}),
-    ]
+    described = entry.model_dump(mode="json", exclude={"tried"})
+    settings = [VERSION, ROW, PERMUTATIONS, SHINGLE, THRESHOLD, HELD_OUT, described]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return cache_folder() / "read" / f"{entry.name}-{key[:16]}"
 
@@ -132,7 +125,8 @@ def open_own(path: Path, name: str, scenario: Scenario) -> Shelf:
     A file or row that is cut into several documents lies on one side. Where that would leave a side with less than
     LEAST_SIDE of the text, there are too few originals, and their pieces are dealt out one by one, which is said.
     """
-    documents, originals = zip(*read_originals(path, name, scenario), strict=True)
+    documents = tuple(read_own(path, name, scenario))
+    originals = [document.original for document in documents]
     signatures = sign([document.text for document in documents])
     sides = assign_sides(documents, originals, signatures)
     if len(set(originals)) < len(documents) and _least_share(documents, sides) < LEAST_SIDE:

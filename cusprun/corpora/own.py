@@ -53,14 +53,9 @@ def parse_dimension(value: str) -> tuple[str, Path]:
 
 
 def read_own(path: Path, entry: str, scenario: Scenario) -> list[Document]:
-    """The documents of :func:`read_originals`."""
-    return [document for document, _ in read_originals(path, entry, scenario)]
+    """The documents of a file or of every txt, md, jsonl and parquet file in a folder, in order.
 
-
-def read_originals(path: Path, entry: str, scenario: Scenario) -> list[tuple[Document, str]]:
-    """The documents of a file or of every txt, md, jsonl and parquet file in a folder, in order, and where each stood.
-
-    Pieces of one text stood in one place, a file or a row. ``entry`` is the name they go by. Ids are made of the
+    The original of each is where it stood, a file or a row. ``entry`` is the name they go by. Ids are made of the
     content, so that they stay when rows are added. Raises InvalidRequest where the path is missing, empty, binary,
     unreadable or in another form, saying what is expected.
     """
@@ -74,16 +69,16 @@ def read_originals(path: Path, entry: str, scenario: Scenario) -> list[tuple[Doc
         files = [path]
     else:
         raise InvalidRequest(f"{path}: {', '.join(SUFFIXES)} files can be read, not {path.suffix or 'this'}")
-    documents: dict[str, tuple[Document, str]] = {}
+    documents: dict[str, Document] = {}
     for file in files:
-        for document, where in _read_file(file, entry, scenario):
-            documents.setdefault(document.id, (document, where))
+        for document in _read_file(file, entry, scenario):
+            documents.setdefault(document.id, document)
     if not documents:
         raise InvalidRequest(f"{path} holds no text")
     return list(documents.values())
 
 
-def _read_file(path: Path, entry: str, scenario: Scenario) -> Iterator[tuple[Document, str]]:
+def _read_file(path: Path, entry: str, scenario: Scenario) -> Iterator[Document]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         rows: Iterator[tuple[str, Any]] = _parquet_rows(path)
@@ -95,7 +90,7 @@ def _read_file(path: Path, entry: str, scenario: Scenario) -> Iterator[tuple[Doc
         for text, turns, question in read_row(row, where):
             key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
             tags = (scenario.language, scenario.domain, scenario.task)
-            yield Document(f"{entry}/{key}", text, entry, *tags, turns, question, where), where
+            yield Document(f"{entry}/{key}", text, entry, *tags, turns, question, where)
 
 
 def _read_text(path: Path) -> str:

@@ -43,13 +43,11 @@ class VocabularyPrices:
     new_text: np.ndarray
 
     @property
-    def cost(self) -> np.ndarray:
-        """Extra nats per byte, of the dearer of ``curve`` and ``new_text`` after so many rows, (removable + 1,)."""
-        return np.maximum(self.curve, self.new_text)
-
-    @property
     def cost_of_tokens(self) -> np.ndarray:
-        """The same per token: each text's bytes by the tokens that the dense tokenizer makes of it."""
+        """Extra nats per token of the dearer of ``curve`` and ``new_text`` after so many rows, (removable + 1,).
+
+        Each in its own text's bytes per token of the dense tokenizer.
+        """
         weights, corpora = self.note["weights"], self.note["corpora"]
         mean = sum(weights[name] * each["bytes"] / each["tokens"] for name, each in corpora.items()) / sum(
             weights[name] for name in corpora

@@ -19,6 +19,7 @@ from cusprun.vocabulary import order_removals, read_pieces, trim_model
 from tests.vocabulary.tokenizers_made import DECLARATION, make
 
 
+@pytest.mark.slow
 def test_every_way_to_choose_reads_the_same_bytes_and_the_study_goes_on(tmp_path: Path) -> None:
     dense, out = make(tmp_path / "model"), tmp_path / "found"
     command = [sys.executable, "-m", "cusprun.benchmarks.peers.vocabulary", "--model", str(dense), "--out", str(out),

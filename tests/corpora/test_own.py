@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cusprun.corpora.document import OwnText, Scenario
-from cusprun.corpora.own import parse_dimension, parse_own_text, read_originals, read_own
+from cusprun.corpora.own import parse_dimension, parse_own_text, read_own
 from cusprun.errors import InvalidRequest
 
 SCENARIO = Scenario("nl", "legal", "qa")
@@ -49,7 +49,7 @@ def test_rows_of_a_long_table_have_a_place_each(tmp_path: Path) -> None:
     parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     path = tmp_path / "long.parquet"
     parquet.write_table(pyarrow.table({"text": [f"text number {n}" for n in range(2500)]}), path)
-    places = [where for _, where in read_originals(path, "own", Scenario("en", None, None))]
+    places = [document.original for document in read_own(path, "own", Scenario("en", None, None))]
     assert len(set(places)) == 2500
     assert places[-1] == f"{path} row 2500"
 
