@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import gguf
-import llama_cpp
 import numpy as np
 import pytest
 
@@ -18,6 +17,7 @@ from cusprun.exporters.proof import prove_gguf
 from cusprun.runtimes import open_runtime
 from cusprun.runtimes.gguf_header import load_metadata
 from tests.exporters.models import make, windows
+from tests.llama import open_llama
 
 MOST = 100_000
 
@@ -33,7 +33,7 @@ def split(folder: Path, tmp_path: Path) -> GgufReport:
 
 
 def logits(path: Path, ids: list[int]) -> np.ndarray:
-    model = llama_cpp.Llama(str(path), n_ctx=64, n_threads=1, logits_all=True, verbose=False)
+    model = open_llama(path, n_ctx=64, logits_all=True)
     model.eval(ids)
     return np.array(model.scores[: len(ids)])
 
