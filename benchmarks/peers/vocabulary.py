@@ -2,9 +2,9 @@
 
     python -m cusprun.benchmarks.peers.vocabulary --out docs/results/vocabulary
 
-Prices come from calibration-side text alone. Every vocabulary then reads the same bytes of held-out text: windows of
-512 tokens as the dense tokenizer cuts them, at even distances, of which the second half is scored. Writes <out>.json,
-.csv, .md and .png; a cell that is there already is not measured again.
+Prices are those of a build by its defaults, from calibration-side text alone. Every vocabulary then reads the same
+bytes of held-out text: windows of 512 tokens as the dense tokenizer cuts them, at even distances, of which the second
+half is scored. Writes <out>.json, .csv, .md and .png; a cell that is there already is not measured again.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from cusprun.benchmarks.peers.expert_study import given_words
 from cusprun.benchmarks.peers.vocabulary_page import write_pages
 from cusprun.checkpoint import load_model, load_tokenizer
 from cusprun.corpora.cache import cache_folder
-from cusprun.corpora.catalog import cell, make_scenario
+from cusprun.corpora.catalog import make_scenario
 from cusprun.corpora.document import Scenario
-from cusprun.corpora.packing import pack_windows, render
-from cusprun.corpora.sampling import dimension_corpora, evaluation_texts, general_text
+from cusprun.corpora.packing import render
+from cusprun.corpora.sampling import evaluation_texts
 from cusprun.corpora.selection import Selection
 from cusprun.dense import Dense, find_dense
 from cusprun.files import write_json
 from cusprun.progress import say, track
-from cusprun.recipe import DEFAULT_MODEL, DEFAULT_TOKENS, WINDOW
+from cusprun.recipe import DEFAULT_MODEL, WINDOW, make_recipe
+from cusprun.rows import price_weights
 from cusprun.stages import VERSIONS
 from cusprun.vocabulary import (
     VocabularyPrices,
@@ -46,7 +47,6 @@ from cusprun.vocabulary import (
 )
 
 REMOVED = (8192, 16384, 24576)  # rows
-WEIGHTS = {"scenario": 0.7, "language": 0.3}  # chosen on calibration-side documents set aside
 
 
 @dataclass(frozen=True)
@@ -57,22 +57,10 @@ class Window:
     scored: str
 
 
-def priced_texts(scenario: Scenario, tokenizer: Any) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Calibration-side documents of the scenario's own cell, and all others in its language, as the model has them; and
-    the original that each is a piece of.
-    """
-    mine = {entry.name for entry in cell(scenario)}
-    corpora = [*dimension_corpora(scenario).values(), general_text(scenario)]
-    documents = {item.document.id: item.document for corpus in corpora for item in corpus}
-    texts: dict[str, list[str]] = {"scenario": [], "language": []}
-    originals = {}
-    for _, document in sorted(documents.items()):
-        own = document.entry in mine
-        if own or document.language == (scenario.language or "en"):
-            text = render(document, tokenizer)
-            texts["scenario" if own else "language"].append(text)
-            originals[text] = document.original or document.id
-    return texts, originals
+def build_selection(scenario: Scenario) -> Selection:
+    """The calibration text of a build by its defaults."""
+    recipe = make_recipe({"lang": scenario.language, "domain": scenario.domain, "task": scenario.task})
+    return Selection.of(recipe, scenario, (), {})
 
 
 def cut_windows(documents: Sequence[str], tokenizer: Any, count: int) -> list[Window]:
@@ -124,25 +112,25 @@ def compare(nats: Sequence[float], dense: Sequence[float], n_bytes: int) -> dict
 
 
 def removal_orders(
-    dense: Dense, scenario: Scenario, texts: dict[str, list[str]], originals: dict[str, str], work: Path
-) -> tuple[dict[str, np.ndarray], VocabularyPrices]:
-    """For each method the ids in the order in which they go; and the prices, kept in ``work``."""
+    dense: Dense, selection: Selection, work: Path
+) -> tuple[dict[str, np.ndarray], VocabularyPrices, dict[str, float]]:
+    """For each method the ids in the order in which they go; a build's prices, kept in ``work``, and their weights."""
+    tokenizer, pieces = load_tokenizer(dense.folder), read_pieces(dense.folder)
+    text = selection.rendered(tokenizer)
+    weights = price_weights(selection.shares(list(text.by_dimension)))
     path = work / f"prices-{VERSIONS['prices']}-{dense.key[:16]}.safetensors"
     if not path.is_file():
-        found = price_vocabulary(dense.folder, texts, WEIGHTS, own=texts["scenario"], originals=originals)
-        found.save(path)
+        price_vocabulary(dense.folder, text.by_dimension, weights, own=text.own, originals=text.originals).save(path)
     prices = load_prices(path)
-    tokenizer, pieces = load_tokenizer(dense.folder), read_pieces(dense.folder)
-    corpora = dimension_corpora(scenario)
-    windows = [pack_windows(each, tokenizer, DEFAULT_TOKENS // len(corpora), WINDOW, 0) for each in corpora.values()]
-    sampled = np.bincount(np.concatenate(windows).ravel(), minlength=pieces.rows).astype(np.float64)
-    usages = {name: count_tokens(documents, tokenizer, pieces.rows) for name, documents in texts.items()}
+    windows = np.concatenate(list(selection.windows(tokenizer).values()))
+    sampled = np.bincount(windows.ravel(), minlength=pieces.rows).astype(np.float64)
+    usages = {name: count_tokens(texts, tokenizer, pieces.rows) for name, texts in text.by_dimension.items()}
     orders = {
         "frequency": order_removals(pieces, sampled),
-        "frequency, all text": order_removals(pieces, expected_rates(usages, WEIGHTS)),
+        "frequency, all text": order_removals(pieces, expected_rates(usages, weights)),
         "expected loss": prices.order,
     }
-    return orders, prices
+    return orders, prices, weights
 
 
 def study(
@@ -151,25 +139,23 @@ def study(
     """All cells; continues what ``out``.json holds."""
     dense = find_dense(model)
     path = out.with_suffix(".json")
-    key = Selection(scenario, (), {}, (), DEFAULT_TOKENS, WINDOW, 1, 0).key()
+    selection = build_selection(scenario)
+    key = selection.key()
     settings = {
-        "scenario": str(scenario), "model": dense.id, "tokens": tokens, "weights": WEIGHTS, "text": key,
+        "scenario": str(scenario), "model": dense.id, "tokens": tokens, "text": key,
         "parameters": dense.anatomy.parameters,
     }  # fmt: skip
     found: dict[str, Any] = {"settings": settings, "dense": {}, "cells": []}
     if path.is_file() and (saved := json.loads(path.read_text(encoding="utf-8")))["settings"] == settings:
         found = saved
     tokenizer = load_tokenizer(dense.folder)
-    texts, originals = priced_texts(scenario, tokenizer)
-    orders, prices = removal_orders(
-        dense, scenario, texts, originals, cache_folder() / "studies" / "vocabulary" / key[:16]
-    )
+    orders, prices, weights = removal_orders(dense, selection, cache_folder() / "studies" / "vocabulary" / key[:16])
     held_out = {
         name: cut_windows([render(document, tokenizer) for document in documents], tokenizer, tokens // WINDOW)
         for name, documents in evaluation_texts(scenario).items()
     }
     n_bytes = {name: sum(len(window.scored.encode()) for window in cut) for name, cut in held_out.items()}
-    found["prices"] = prices.note
+    found |= {"prices": prices.note, "weights": {name: round(weight, 4) for name, weight in weights.items()}}
     if not found["dense"]:
         found["dense"] = {"nats": score(dense.folder, held_out), "bytes": n_bytes}
         write_json(path, found)

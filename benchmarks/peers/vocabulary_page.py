@@ -36,6 +36,7 @@ def as_csv(found: dict[str, Any]) -> str:
 def as_page(found: dict[str, Any], name: str) -> str:
     """The table for people."""
     settings, dense, note = found["settings"], found["dense"], found["prices"]
+    weights = ", ".join(f"{name} {weight:.2f}" for name, weight in found["weights"].items())
     names = list(dense["nats"])
     bits = {name: sum(dense["nats"][name]) / math.log(2) / dense["bytes"][name] for name in names}
     rows = [
@@ -76,7 +77,7 @@ def as_page(found: dict[str, Any], name: str) -> str:
             f"{note['mean_nats']:.2f} nats on the mean ({note['again']:.0%} of it where the token had been split "
             "in the same window before), of whose variance the regression explains "
             f"{note['explained']:.0%}. Increase that the prices expect, on the priced mixture of texts "
-            f"({settings['weights']}) and on new text of the scenario: {expected}.",
+            f"({weights}) and on new text of the scenario: {expected}.",
             "",
         ]
     )

@@ -121,6 +121,16 @@ class Selection:
             parts[GENERAL] = general
         return {name: max(int(self.tokens * part), FEWEST * self.window) for name, part in parts.items()}
 
+    def windows(self, tokenizer: Any) -> dict[str, np.ndarray]:
+        """Calibration windows by dimension, (n, window) int64 each.
+
+        Raises InvalidRequest where the text is too short.
+        """
+        return {
+            name: pack_windows(_used(self.corpora[name], aside=False), tokenizer, tokens, self.window, self.seed)
+            for name, tokens in self.shares(list(self.corpora)).items()
+        }
+
     def _aside(self, corpora: Mapping[str, list[WeightedDocument]], tokenizer: Any) -> dict[str, np.ndarray]:
         """Windows of the documents set aside, where a dimension has enough of them."""
         found = {}
@@ -142,11 +152,7 @@ class Selection:
         from safetensors.numpy import save_file
 
         corpora = self.corpora
-        windows = {
-            name: pack_windows(_used(corpora[name], aside=False), tokenizer, tokens, self.window, self.seed)
-            for name, tokens in self.shares(list(corpora)).items()
-        }
-        windows |= self._aside(corpora, tokenizer)
+        windows = self.windows(tokenizer) | self._aside(corpora, tokenizer)
         texts = evaluation_texts(self.scenario, self.own, self.dims, named=self.include)
         asked = sorted(questions(self.scenario, self.own, named=self.include), key=_scattered)[: self.questions]
         with written_whole(windows_path) as part:

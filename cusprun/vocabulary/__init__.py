@@ -4,7 +4,7 @@ prices = price_vocabulary(folder, texts, weights)
 trim_model(folder, prices.rows_for(32768), out)
 """
 
-from cusprun.vocabulary.merges import close, find_needs, order_removals
+from cusprun.vocabulary.merges import close, order_removals
 from cusprun.vocabulary.pieces import Pieces, read_pieces
 from cusprun.vocabulary.prices import VocabularyPrices, load_prices, price_vocabulary, set_prices
 from cusprun.vocabulary.splits import SplitCosts, measure_splits
@@ -19,7 +19,6 @@ __all__ = [
     "close",
     "count_tokens",
     "expected_rates",
-    "find_needs",
     "load_prices",
     "measure_splits",
     "order_removals",

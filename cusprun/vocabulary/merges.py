@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
-from itertools import pairwise
 
 import numpy as np
 
@@ -17,38 +16,12 @@ from cusprun.vocabulary.pieces import Pieces
 WIDEST = 64  # pieces that may go in one step
 
 
-def find_needs(pieces: Pieces) -> dict[int, tuple[int, int]]:
-    """The two parts that the dense tokenizer merges last when it reaches a piece; only pieces that merges make."""
-    ways: dict[str, list[tuple[str, str]]] = {}
-    for left, right in pieces.merges:
-        ways.setdefault(left + right, []).append((left, right))
-    ranks = {pair: rank for rank, pair in reversed(list(enumerate(pieces.merges)))}
-    needs = {}
-    for text, found in ways.items():
-        last = found[0] if len(found) == 1 else _last_merge(text, ranks)
-        if last is not None and text in pieces.ids:
-            needs[pieces.ids[text]] = (pieces.ids[last[0]], pieces.ids[last[1]])
-    return needs
-
-
-def _last_merge(text: str, ranks: dict[tuple[str, str], int]) -> tuple[str, str] | None:
-    """Byte-pair encoding of ``text`` from its characters; None where it does not end in one piece."""
-    parts = list(text)
-    while len(parts) > 2:
-        rank, at = min((ranks.get(pair, len(ranks)), at) for at, pair in enumerate(pairwise(parts)))
-        if rank == len(ranks):
-            return None
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return (parts[0], parts[1]) if len(parts) == 2 and (parts[0], parts[1]) in ranks else None
-
-
 def close(pieces: Pieces, kept: Iterable[int]) -> set[int]:
     """``kept``, what has to stay anyway, and everything that their merges need."""
-    needs = find_needs(pieces)
     found = set(kept) | pieces.protected
     open_ids = list(found)
     while open_ids:
-        for part in needs.get(open_ids.pop(), ()):
+        for part in pieces.needs.get(open_ids.pop(), ()):
             if part not in found:
                 found.add(part)
                 open_ids.append(part)
@@ -61,7 +34,7 @@ def order_removals(pieces: Pieces, price: np.ndarray) -> np.ndarray:
     Greedy: of all sets {a piece and whatever is still made of it}, the one whose mean ``price``, (rows,) float64, is
     least goes next. Sets only get dearer as parts of them go, so that a heap of old means finds the least.
     """
-    needs = find_needs(pieces)
+    needs = pieces.needs
     made_of: dict[int, list[int]] = {}
     for product, parts in needs.items():
         for part in set(parts):

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,6 +53,20 @@ class Pieces:
     def merges(self) -> tuple[tuple[str, str], ...]:
         """BPE's merges in the order of their ranks; none in Unigram."""
         return tuple(_pair(merge) for merge in self.state["model"].get("merges", []))
+
+    @cached_property
+    def needs(self) -> dict[int, tuple[int, int]]:
+        """The two parts that the dense tokenizer merges last when it reaches a piece; only pieces that merges make."""
+        ways: dict[str, list[tuple[str, str]]] = {}
+        for left, right in self.merges:
+            ways.setdefault(left + right, []).append((left, right))
+        ranks = {pair: rank for rank, pair in reversed(list(enumerate(self.merges)))}
+        needs = {}
+        for text, found in ways.items():
+            last = found[0] if len(found) == 1 else _last_merge(text, ranks)
+            if last is not None and text in self.ids:
+                needs[self.ids[text]] = (self.ids[last[0]], self.ids[last[1]])
+        return needs
 
     @cached_property
     def ids(self) -> dict[str, int]:
@@ -126,6 +141,17 @@ class Pieces:
         state["truncation"] = None
         state["model"] = model
         return state
+
+
+def _last_merge(text: str, ranks: Mapping[tuple[str, str], int]) -> tuple[str, str] | None:
+    """Byte-pair encoding of ``text`` from its characters; None where it does not end in one piece."""
+    parts = list(text)
+    while len(parts) > 2:
+        rank, at = min((ranks.get(pair, len(ranks)), at) for at, pair in enumerate(pairwise(parts)))
+        if rank == len(ranks):
+            return None
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return (parts[0], parts[1]) if len(parts) == 2 and (parts[0], parts[1]) in ranks else None
 
 
 def read_pieces(folder: Path) -> Pieces:

@@ -21,7 +21,7 @@ from cusprun.anatomy import describe
 from cusprun.errors import InvalidRequest
 from cusprun.layerwise import LayerwiseModel
 from cusprun.progress import track
-from cusprun.vocabulary.merges import close, find_needs
+from cusprun.vocabulary.merges import close
 from cusprun.vocabulary.pieces import Pieces
 
 if TYPE_CHECKING:
@@ -251,7 +251,7 @@ def _spellings(pieces: Pieces, rates: np.ndarray) -> list[list[int]]:
     """What each token falls into where two thirds of the rows are kept: its parts, [] for what cannot go."""
     order = np.argsort(-rates, kind="stable")[: int(KEPT * pieces.rows)].tolist()
     kept = sorted(close(pieces, (identity for identity in order if pieces.texts[identity] is not None)))
-    made_of = find_needs(pieces)
+    made_of = pieces.needs
     alone = [identity for identity in kept if identity not in made_of and identity not in pieces.protected]
     spelled: list[list[int]] = [[] for _ in range(pieces.rows)]
     halves = (set(alone[::2]), set(alone[1::2])) if alone else (set[int](),)

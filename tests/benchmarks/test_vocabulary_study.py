@@ -31,6 +31,8 @@ def test_every_way_to_choose_reads_the_same_bytes_and_the_study_goes_on(tmp_path
     assert set(first["dense"]["bytes"]) == {"scenario", "domain", "general"}
     done = subprocess.run([*command, "64"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
+    assert sum(first["weights"].values()) == pytest.approx(1, abs=1e-3)
+    assert first["weights"]["general"] == pytest.approx(1 / 3, abs=1e-3)
     both = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
     assert both["cells"][:3] == first["cells"]
     assert len(both["cells"]) == 6
@@ -71,7 +73,8 @@ def test_windows_follow_each_other_and_score_the_bytes_behind_what_is_read(tmp_p
 
 
 FOUND = {
-    "settings": {"model": DEFAULT_MODEL, "scenario": "en-legal-qa", "tokens": 512, "weights": {}},
+    "settings": {"model": DEFAULT_MODEL, "scenario": "en-legal-qa", "tokens": 512},
+    "weights": {"domain": 0.67, "general": 0.33},
     "command": "python -m cusprun.benchmarks.peers.vocabulary --tokens 512",
     "dense": {"nats": {"scenario": [1.0]}, "bytes": {"scenario": 1}},
     "prices": {"sample_tokens": 1, "places": 1, "mean_nats": 1.0, "again": 0.2, "explained": 0.5},
@@ -95,6 +98,7 @@ def test_the_page_holds_the_promise_against_the_figure(tmp_path: Path, increase:
     (line,) = [line for line in page.splitlines() if "Promised" in line]
     assert line.endswith(f"{100 * increase:+.2f}%: {verdict}.")
     assert "`python -m cusprun.benchmarks.peers.vocabulary --tokens 512`" in page
+    assert "(domain 0.67, general 0.33)" in page
     assert "16384 rows +0.10% and +0.20%" in page
 
 

@@ -20,7 +20,6 @@ from cusprun.vocabulary import (
     close,
     count_tokens,
     expected_rates,
-    find_needs,
     load_prices,
     measure_splits,
     order_removals,
@@ -76,7 +75,7 @@ def test_every_beginning_of_the_order_leaves_a_closed_vocabulary(tmp_path: Path,
     price = np.random.default_rng(0).exponential(size=pieces.rows) ** 3
     order = order_removals(pieces, price).tolist()
     assert len(set(order)) == len(order) == pieces.rows - len(close(pieces, ()))
-    needs = find_needs(pieces)
+    needs = pieces.needs
     assert bool(needs) == (kind != "Unigram")
     place = {identity: number for number, identity in enumerate(order)}
     for product, parts in needs.items():
@@ -96,7 +95,7 @@ def test_every_beginning_of_the_order_leaves_a_closed_vocabulary(tmp_path: Path,
 
 def test_a_cheap_step_waits_for_the_dear_piece_that_needs_it(dense: Path) -> None:
     pieces = read_pieces(dense)
-    needs = find_needs(pieces)
+    needs = pieces.needs
     whole = max(needs, key=lambda identity: len(pieces.texts[identity] or ""))
     step = next(part for part in needs[whole] if part in needs)
     price = np.ones(pieces.rows)
