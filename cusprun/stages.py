@@ -26,7 +26,7 @@ VERSIONS = {
     "sensitivity": 3,
     "sizes": 1,
     "rounding": 1,
-    "spend": 2,
+    "spend": 3,
     "trim": 1,
     "retext": 1,
     "statistics": 2,

@@ -17,7 +17,7 @@ from cusprun.errors import InvalidRequest
 from cusprun.program import GAP, Choice, Infeasible, Range, interpolate, reach, solve, sums
 from cusprun.sensitivity import LayerSensitivity
 
-TOLERANCES = (0.0025, 0.01, 0.03)  # of what the dense model weighs, either way; the wider ones for coarse models
+TOLERANCES = (0.0025, 0.01, 0.03)  # of what the dense model weighs; the wider ones for coarse models
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,9 @@ def solve_widths(
 ) -> Widths:
     """The widths that take ``target`` parameters off the dense model at the least sum of losses.
 
-    ``uniform`` gives every layer the same widths. Raises InvalidRequest where no widths meet the target within the
-    last of TOLERANCES.
+    At most the first of TOLERANCES more than the target goes; less than it only where a model is so coarse that nothing
+    comes as near from above. ``uniform`` gives every layer the same widths. Raises InvalidRequest where no widths meet
+    the target within the last of TOLERANCES.
     """
     offers = Offers(anatomy, sensitivities, align=align, uniform=uniform, rows=rows)
 
@@ -112,8 +113,9 @@ class Offers:
 
 def _solve(offered: Sequence[Sequence[Choice]], target: float, whole: float) -> list[int]:
     for tolerance in (share * whole for share in TOLERANCES):
-        with suppress(Infeasible):  # no widths so near to the target
-            return _least_loss(offered, target - tolerance, target + tolerance)
+        for low in (target, target - tolerance):
+            with suppress(Infeasible):  # no widths so near to the target
+                return _least_loss(offered, low, target + tolerance)
     least, most = reach(offered, 0)
     raise InvalidRequest(
         f"no choice of widths removes {target:,.0f} ± {TOLERANCES[-1] * whole:,.0f}; they remove {least:,.0f} to "

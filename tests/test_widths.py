@@ -41,7 +41,7 @@ def share(anatomy: Anatomy, layers: tuple[LayerWidths | None, ...], rows: int | 
 def test_the_cheap_layer_is_cut_and_the_budget_met(anatomy: Anatomy) -> None:
     prices = [1.0, 0.01, 1.0]
     found = solve_widths(anatomy, sensitivities(anatomy, prices), 0.06 * anatomy.parameters, align=1)
-    assert share(anatomy, found.layers) == pytest.approx(0.06, abs=0.0026)
+    assert 0.06 <= share(anatomy, found.layers) <= 0.0625
     assert found.layers[0] == anatomy.layers[0]
     assert found.layers[2] == anatomy.layers[2]
     assert found.layers[1] != anatomy.layers[1]
@@ -72,7 +72,24 @@ def test_uniform_gives_one_width(anatomy: Anatomy) -> None:
         anatomy, sensitivities(anatomy, [1.0, 0.01, 1.0]), 0.1 * anatomy.parameters, align=1, uniform=True
     )
     assert len(set(found.layers)) == 1
-    assert share(anatomy, found.layers) == pytest.approx(0.1, abs=0.0026)
+    assert 0.1 <= share(anatomy, found.layers) <= 0.1025
+
+
+@pytest.mark.parametrize("align", [8, 16])
+def test_widths_that_are_cut_are_aligned(anatomy: Anatomy, align: int) -> None:
+    layers = sensitivities(anatomy, [1.0, 0.3, 0.6])
+    for target in (0.05, 0.1, 0.15):
+        found = solve_widths(anatomy, layers, target * anatomy.parameters, align=align)
+        cut = [now.ffn for now, full in zip(found.layers, anatomy.layers, strict=True) if now and now.ffn < full.ffn]
+        assert cut
+        assert all(width % align == 0 for width in cut)
+        assert share(anatomy, found.layers) == pytest.approx(target, abs=0.01)
+
+
+def test_less_goes_where_nothing_comes_as_near_from_above() -> None:
+    groups = [[Choice(0.0, (0.0,)), Choice(1.0, (98.0,)), Choice(3.0, (130.0,))]]
+    assert _solve(groups, 100, 1000) == [1]  # 2 short is within 0.25 % of 1000, 30 over is within 3 % alone
+    assert _solve(groups, 98, 1000) == [1]
 
 
 def test_rows_compete_at_their_price(anatomy: Anatomy) -> None:
