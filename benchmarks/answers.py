@@ -2,7 +2,7 @@
 
 A request is a JSON object with ``kind``:
 
-- choices {prompt, choices}: ln p of every choice as the assistant's turn (benchmarks/tasks.py); a list of nats
+- choices {prompt, choices}: ln p of every choice as the assistant's turn; a list of nats
 - reply {prompt, until, max_new_tokens}: the likeliest continuation of the user's turn; a text
 - loglikelihood {context, continuation}: as lm-evaluation-harness asks it; [nats, whether each token is the likeliest]
 - rolling {text, prefix, window}: ln p of a text in the harness's windows; nats
@@ -19,7 +19,6 @@ import numpy as np
 
 from cusprun.benchmarks.answer_store import AnswerStore, answer_keys, store_path
 from cusprun.benchmarks.losses import losses
-from cusprun.benchmarks.tasks import likelihood, tokenized
 from cusprun.errors import InvalidRequest
 from cusprun.progress import say, track
 from cusprun.runtimes import Message, Runtime, Sampling, is_onnx, open_runtime
@@ -142,6 +141,38 @@ def answer(runtime: Runtime, request: dict[str, Any], item: Prepared) -> Any:
     if not runtime.has_chat_template:
         until.append(REPLY_ENDS)
     return generated(runtime, tokens, Sampling(max_tokens=new), until).strip()
+
+
+def tokenized(runtime: Runtime, prompt: str, choices: Sequence[str]) -> list[tuple[list[int], int]]:
+    """For every choice the tokens of prompt and choice, and where the choice begins.
+
+    Both are cut into tokens as one text: where the last token of the prompt grows into the choice, the choice begins
+    with that token.
+    """
+    if runtime.has_chat_template:
+        text, separator = runtime.chat_prompt([Message("user", prompt)]), ""
+    else:
+        text, separator = prompt, " "
+    lead = [] if runtime.bos is None else [runtime.bos]
+    alone = runtime.encode(text, special=True)
+    if alone[:1] == lead:
+        lead = []
+    found = []
+    for choice in choices:
+        whole = runtime.encode(text + separator + choice, special=True)
+        start = 0
+        while start < min(len(alone), len(whole) - 1) and alone[start] == whole[start]:
+            start += 1
+        found.append((lead + whole, len(lead) + start))
+    return found
+
+
+def likelihood(runtime: Runtime, tokens: list[int], start: int) -> float:
+    """Sum of ln p of the tokens from ``start`` on, in nats."""
+    if start == 0:
+        raise InvalidRequest("an empty prompt gives the first token nothing to be predicted from: write a prompt")
+    logits = runtime.logits(tokens[:-1], start=start - 1)  # (len(tokens) - start, n_vocab)
+    return -float(losses(logits, np.asarray(tokens[start:])).sum())
 
 
 def generated(runtime: Runtime, tokens: list[int], sampling: Sampling, until: Sequence[str]) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cusprun import onnx_types
 from cusprun.benchmarks.frontier import Candidate, compare
 from cusprun.checkpoint import load_tokenizer
 from cusprun.corpora.cache import cache_folder
@@ -27,7 +28,6 @@ from cusprun.recipe import Recipe, read_recipe
 from cusprun.runtimes import is_onnx, no_artifact
 
 REFERENCE = "q8_0"  # of the dense model: what all are held against
-EVERY = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_nl", "q4_0", "iq3_m", "iq2_m")
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,14 @@ def compare_artifacts(
 ) -> dict[str, Any]:
     """:func:`cusprun.benchmarks.frontier.compare` of what lies at ``paths`` and of dense models.
 
-    ``quants`` are the types, joined by commas or "all", that ``dense`` (by itself the model that the first expert came
-    from) and the ``smaller`` models are taken in. Raises InvalidRequest where something makes no sense, all at once.
+    ``quants`` are the types, joined by commas or "all" (of the formats of what lies there), that ``dense`` (by itself
+    the model that the first expert came from) and the ``smaller`` models are taken in. Raises InvalidRequest where
+    something makes no sense, all at once.
     """
     candidates, experts = find_candidates(paths)
     expert = experts[0] if experts else None
-    types = _types(quants, expert.recipe.rounding if expert is not None else "nearest")
+    formats = {"onnx" if is_onnx(one.path) else "gguf" for one in candidates}  # a model folder weighs against files too
+    types = _types(quants, expert.recipe.rounding if expert is not None else "nearest", formats)
     problems = []
     if text is None and expert is None:
         problems.append("no expert is among them, whose held-out text could be taken: name a text with --text FILE")
@@ -142,18 +144,27 @@ def compare_artifacts(
         )  # fmt: skip
 
 
-def every(rounding: Rounding) -> tuple[str, ...]:
-    """EVERY, without what needs an importance matrix where none is taken."""
-    return tuple(kind for kind in EVERY if rounding != "nearest" or not TYPES[kind].needs_imatrix)
+def every(rounding: Rounding, formats: Collection[str] = ("gguf",)) -> tuple[str, ...]:
+    """Every type of these formats that rounds, largest first, without what needs an importance matrix where none is
+    taken.
+    """
+    kinds = [kind for kind, one in TYPES.items() if not one.plain] if "gguf" in formats else []
+    found = [kind for kind in kinds if rounding != "nearest" or not TYPES[kind].needs_imatrix]
+    if "onnx" in formats:
+        found += [kind for kind, one in onnx_types.TYPES.items() if one.bits < 16]
+    return tuple(found)
 
 
-def _types(quants: Sequence[str], rounding: Rounding) -> list[str]:
-    """Types joined by commas come apart, ``all`` is every one. Raises InvalidRequest for what is no type, or cannot be
-    written with this rounding."""
+def _types(quants: Sequence[str], rounding: Rounding, formats: Collection[str]) -> list[str]:
+    """Types joined by commas come apart, ``all`` is every one of the formats.
+
+    Raises InvalidRequest for what is no type, or cannot be written with this rounding.
+    """
     named = [part for value in quants for part in value.split(",") if part]
-    types = list(dict.fromkeys(kind for name in named for kind in (every(rounding) if name == "all" else (name,))))
+    both = every(rounding, formats)
+    types = list(dict.fromkeys(kind for name in named for kind in (both if name == "all" else (name,))))
     for kind in types:
-        if format_of(kind) == "gguf" and kind not in every(rounding) and TYPES[kind].needs_imatrix:
+        if format_of(kind) == "gguf" and rounding == "nearest" and TYPES[kind].needs_imatrix:
             raise InvalidRequest(
                 f"--quant {kind} needs an importance matrix, which is taken of an expert's calibration text: compare "
                 "with an expert that was not built with --rounding nearest, or name another type"
@@ -163,7 +174,7 @@ def _types(quants: Sequence[str], rounding: Rounding) -> list[str]:
 
 @contextmanager
 def dense_artifacts(model: str, revision: str | None, expert: Expert | None) -> Iterator[DenseArtifacts]:
-    """The dense model in any type, rounded as the expert's recipe has it on the expert's calibration text.
+    """The dense model in any type, written as the expert's recipe has it, rounded on the expert's calibration text.
 
     Without an expert there is no text: all is rounded to the nearest.
     """
@@ -172,8 +183,7 @@ def dense_artifacts(model: str, revision: str | None, expert: Expert | None) -> 
         if expert is None:
             yield DenseArtifacts(dense, Path(aside) / "none", Path(aside), wish="nearest")
             return
-        recipe = expert.recipe
-        yield DenseArtifacts(dense, calibration_windows(expert, dense), Path(aside), wish=recipe.rounding)
+        yield DenseArtifacts.of(expert.recipe, dense, calibration_windows(expert, dense), Path(aside))
 
 
 def calibration_windows(expert: Expert, dense: Dense) -> Path:

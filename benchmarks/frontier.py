@@ -6,8 +6,6 @@ their bits per byte compare. What was measured of an artifact's quality is kept 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,18 +14,15 @@ from typing import Any, Literal
 from cusprun.benchmarks.answer_store import artifact_sha256
 from cusprun.benchmarks.cost import cost
 from cusprun.benchmarks.dominance import MEMORY, MEMORY_TOLERANCE, SIZE, SPEED, Figures, advantage, dominates
-from cusprun.benchmarks.environment import machine
-from cusprun.benchmarks.quality import evaluate_corpora, join
+from cusprun.benchmarks.kept_quality import evaluate_kept
 from cusprun.benchmarks.speed import Spread, bench
 from cusprun.benchmarks.tables import Grid
 from cusprun.benchmarks.tally import percent
 from cusprun.corpora.cache import cache_folder
 from cusprun.errors import InvalidRequest
-from cusprun.files import write_json
 from cusprun.progress import say
 
 Kind = Literal["expert", "dense", "given"]
-VERSION = 1  # of what is kept of a measurement
 
 
 @dataclass(frozen=True)
@@ -150,26 +145,16 @@ def _quality(
     threads: int | None,
 ) -> dict[str, float]:
     """Text -> bits per byte, or with a reference the increase over its; what was measured before is in the cache."""
-    contents = [hashed[path], None if reference is None else hashed[reference]]
-    if contents[0] == contents[1]:
+    if reference is not None and hashed[path] == hashed[reference]:
         return dict.fromkeys(texts, 0.0)
-    read = {name: _digest(text) for name, text in texts.items()}
-    values = [VERSION, contents, read, settings, machine()["versions"]]
-    key = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-    store = cache_folder() / "frontier" / f"{key[:32]}.json"
-    if not store.is_file():
-        pairs = evaluate_corpora(path, texts, against=reference, special=True, threads=threads, **settings)
-        found = {name: pair.artifact.bits_per_byte for name, pair in pairs.items()}
-        if reference is not None:
-            found = {name: pair.artifact.bits_per_byte / pair.against.bits_per_byte - 1
-                     for name, pair in pairs.items() if pair.against is not None}  # fmt: skip
-        write_json(store, found)
-    kept: dict[str, float] = json.loads(store.read_text(encoding="utf-8"))
-    return kept
-
-
-def _digest(text: Sequence[str]) -> str:
-    return hashlib.sha256(join(text).encode("utf-8", "surrogatepass")).hexdigest()
+    pairs = evaluate_kept(path, texts, against=reference, special=True, threads=threads, **settings)
+    if reference is None:
+        return {name: pair.artifact.bits_per_byte for name, pair in pairs.items()}
+    return {
+        name: pair.artifact.bits_per_byte / pair.against.bits_per_byte - 1
+        for name, pair in pairs.items()
+        if pair.against is not None
+    }
 
 
 def _point(one: Candidate, reference: Mapping[str, float], increase: Mapping[str, float]) -> Point:
@@ -216,10 +201,10 @@ def remark(point: Point, points: Sequence[Point], text: str) -> str:
 
 
 def verdicts(points: Sequence[Point], text: str) -> list[str]:
-    """Every expert beside what dominates it, in words."""
+    """Every expert, and every artifact given by its path, beside what dominates it, in words."""
     said = []
     for point in points:
-        if point.kind != "expert":
+        if point.kind == "dense":
             continue
         for axis, words in WORSE.items():
             if point.at(axis) is None:

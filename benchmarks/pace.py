@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cusprun.benchmarks.spread import Ratio, Spread
-from cusprun.progress import say
+from cusprun.progress import TELL_EVERY_S, remaining, say
 
 LEAST_ROUNDS = 10  # before a standard error is believed: stopping at the first small one takes luck for precision
-TELL_EVERY_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,16 @@ class Pace:
             return f"time limit of {self.max_seconds:.0f} s after {_rounds(done)}; {error}"
         return None
 
-    def left_s(self, done: int, seconds: float, errors: Sequence[float]) -> float:
-        """Seconds that the rest will take as things stand: errors fall with the root of the rounds."""
+    def left_s(self, done: float, seconds: float, errors: Sequence[float]) -> float:
+        """Seconds that the rest will take as things stand: errors fall with the root of the rounds.
+
+        ``done`` rounds, more than none, that took ``seconds``; of the round at hand the share that is done.
+        """
         wanted = float(self.rounds or LEAST_ROUNDS)
         worst = max(errors, default=math.inf)
-        if self.until is not None and done > 1:
+        if self.until is not None and worst < math.inf:
             wanted = max(wanted, done * (worst / self.until) ** 2)
-        left = (wanted - done) * seconds / max(done, 1)
+        left = (wanted - done) * seconds / done
         return max(0.0, left if self.max_seconds is None else min(left, self.max_seconds - seconds))
 
 
@@ -114,4 +116,4 @@ def _rounds(number: int) -> str:
 def _note(left: float | None, text: str) -> str:
     if left is None:
         return text
-    return f"{text}, {left / 60:.0f} min left" if left >= 90 else f"{text}, {left:.0f} s left"
+    return f"{text}, {remaining(left)} left"

@@ -119,11 +119,13 @@ class _Bench:
             say(f"going on after {journal.kept} runs that an interrupted bench has done")
         for note in {page_cache.renew(page_cache.files_of(path)) for path in self.artifacts} - {None}:
             say(f"files lie in memory as they were written or read: {note}")
-        seconds, rounds, text, left = 0.0, 0, "first round", None
+        seconds, rounds, text = 0.0, 0, "first round"
         stopped: str | None = None
+        in_a_round = len(list(self.round(0)))
         with shown("speed") as show:
             while stopped is None:
-                for count, run, index in self.round(rounds):
+                errors = self.errors(measured)
+                for done, (count, run, index) in enumerate(self.round(rounds), 1):
                     name = f"{rounds} {count} {run} {index}"
                     found = self.once(
                         journal, name, run_once.measure, str(self.artifacts[index]), **asdict(run), threads=count,
@@ -133,10 +135,10 @@ class _Bench:
                     if run.cold:  # which has left the file as loading reads it
                         page_cache.renew(page_cache.files_of(self.artifacts[index]))
                     seconds += found["seconds"]
-                    show(seconds, left, text)
+                    show(seconds, pace.left_s(rounds + done / in_a_round, seconds, errors), text)
                 rounds += 1
                 errors = self.errors(measured)
-                left, worst = pace.left_s(rounds, seconds, errors), max(errors)
+                worst = max(errors)
                 text = f"{rounds} rounds, standard errors up to {worst:.1%}" if rounds > 1 else "1 round"
                 stopped = pace.stop(rounds, seconds, errors)
         return rounds, stopped

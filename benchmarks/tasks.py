@@ -11,11 +11,8 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from cusprun.benchmarks.losses import losses
+from cusprun.benchmarks.answers import ask
 from cusprun.errors import InvalidRequest
-from cusprun.progress import track
-from cusprun.runtimes import Message, Runtime, is_onnx, open_runtime
-from cusprun.runtimes.child import run_in_child
 
 T = TypeVar("T")
 Z_95 = 1.959963984540054  # two-sided 95 % of the normal distribution
@@ -68,29 +65,22 @@ def multiple_choice(
     limit: int | None = None,
     threads: int | None = None,
     device: str = "cpu",
-    context: int = 2048,
 ) -> McResult:
     """Accuracy of a model folder, .gguf file or ONNX folder; with ``limit`` on so many questions, at even distances.
 
     The prompt goes through the chat template as the user's turn, and the choices are scored as the assistant's; a model
     without a template sees the prompt, a blank and the choice. Each artifact reads the same texts in its own tokens, so
-    that accuracies compare whatever the vocabularies are. The artifact is opened for ``context`` tokens, for more where
-    a question takes more of its own.
+    that accuracies compare whatever the vocabularies are. Answers are kept: what this artifact was asked before is not
+    asked again (benchmarks/answers.py).
     Raises InvalidRequest for a question without two choices or one that is longer than the model's context, Failed
     where the artifact does not run.
     """
     questions = spread(questions, limit)
     check_questions(questions)
-    request: dict[str, Any] = {
-        "artifact": str(artifact),
-        "prompts": [question.prompt for question in questions],
-        "choices": [list(question.choices) for question in questions],
-        "threads": threads,
-        "device": device,
-        "context": context,
-    }
-    native = artifact.suffix == ".gguf" or is_onnx(artifact)
-    found = run_in_child(_score_all, **request) if native else _score_all(**request)
+    requests = [
+        {"kind": "choices", "prompt": question.prompt, "choices": list(question.choices)} for question in questions
+    ]
+    found = ask(artifact, requests, threads=threads, device=device)
     return score(questions, found)
 
 
@@ -159,58 +149,3 @@ def paired(first: Sequence[bool], second: Sequence[bool]) -> Paired:
     tail = sum(math.comb(discordant, k) for k in range(min(only_first, only_second) + 1)) / 2**discordant
     difference = (only_first - only_second) / len(first)
     return Paired(difference, only_first, only_second, min(1.0, 2 * tail))
-
-
-def _score_all(
-    artifact: str,
-    prompts: list[str],
-    choices: list[list[str]],
-    threads: int | None,
-    device: str,
-    context: int,
-) -> list[list[float]]:
-    """The work of :func:`multiple_choice`, in whichever process; JSON in, JSON out."""
-    runtime = open_runtime(Path(artifact), context=context, threads=threads, device=device)
-    asked = [tokenized(runtime, prompt, options) for prompt, options in zip(prompts, choices, strict=True)]
-    longest = max(len(tokens) - 1 for options in asked for tokens, _ in options)
-    if longest > runtime.n_context:
-        runtime.close()
-        runtime = open_runtime(Path(artifact), context=longest, threads=threads, device=device)
-    found = [
-        [likelihood(runtime, *option) for option in options]
-        for options in track(asked, f"questions: {runtime.path.name}", total=len(asked))
-    ]
-    runtime.close()
-    return found
-
-
-def tokenized(runtime: Runtime, prompt: str, choices: Sequence[str]) -> list[tuple[list[int], int]]:
-    """For every choice the tokens of prompt and choice, and where the choice begins.
-
-    Both are cut into tokens as one text: where the last token of the prompt grows into the choice, the choice begins
-    with that token.
-    """
-    if runtime.has_chat_template:
-        text, separator = runtime.chat_prompt([Message("user", prompt)]), ""
-    else:
-        text, separator = prompt, " "
-    lead = [] if runtime.bos is None else [runtime.bos]
-    alone = runtime.encode(text, special=True)
-    if alone[:1] == lead:
-        lead = []
-    found = []
-    for choice in choices:
-        whole = runtime.encode(text + separator + choice, special=True)
-        start = 0
-        while start < min(len(alone), len(whole) - 1) and alone[start] == whole[start]:
-            start += 1
-        found.append((lead + whole, len(lead) + start))
-    return found
-
-
-def likelihood(runtime: Runtime, tokens: list[int], start: int) -> float:
-    """Sum of ln p of the tokens from ``start`` on, in nats."""
-    if start == 0:
-        raise InvalidRequest("an empty prompt gives the first token nothing to be predicted from: write a prompt")
-    logits = runtime.logits(tokens[:-1], start=start - 1)  # (len(tokens) - start, n_vocab)
-    return -float(losses(logits, np.asarray(tokens[start:])).sum())

@@ -108,9 +108,8 @@ class _Build:
                 Candidate(expert_name(self.prepared.name, entry["quant"]), self.out / entry["path"], "expert")
                 for entry in artifacts
             ]
-            candidates += [
-                Candidate(dense_name(self.dense, quant), dense(quant), "dense") for quant in every(recipe.rounding)
-            ]
+            types = every(recipe.rounding, {entry["format"] for entry in artifacts})
+            candidates += [Candidate(dense_name(self.dense, quant), dense(quant), "dense") for quant in types]
             return compare(
                 candidates, texts, reference=dense(REFERENCE), max_tokens=recipe.eval_tokens,
                 repetitions=recipe.repetitions, threads=recipe.threads, device=recipe.device,
@@ -128,6 +127,7 @@ class _Build:
         """Dense and expert as shipped; writes the report of this artifact and returns it."""
         from cusprun.benchmarks import quality, report, samples, speed, tasks
         from cusprun.benchmarks.environment import machine
+        from cusprun.benchmarks.kept_quality import evaluate_kept
 
         recipe, quant = self.recipe, artifact["quant"]
         expert, dense = self.out / artifact["path"], self.artifacts.dense_artifact(quant)
@@ -136,11 +136,14 @@ class _Build:
         threads, device = recipe.threads, recipe.device
 
         def run_speed() -> Any:
-            rows = speed.bench([expert, dense], repetitions=recipe.repetitions, threads=threads, device=device)
+            rows = speed.bench(
+                [expert, dense], repetitions=recipe.repetitions, threads=threads, device=device,
+                kept=cache_folder() / "bench",
+            )  # fmt: skip
             return [row.as_json() for row in rows]
 
         def run_quality() -> Any:
-            pairs = quality.evaluate_corpora(
+            pairs = evaluate_kept(
                 expert,
                 texts,
                 against=dense,

@@ -130,7 +130,7 @@ def evaluate(
     apply_chat_template: Annotated[
         bool, typer.Option("--apply-chat-template", help="Put tasks through the chat template; questions always are.")
     ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Ask again what was answered before.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure and ask again what was before.")] = False,
     threads: Threads = None,
     device: Device = "cpu",
     json_: Json = False,
@@ -148,7 +148,7 @@ def evaluate(
     """
     from cusprun.benchmarks import harness
     from cusprun.benchmarks import questions as asking
-    from cusprun.benchmarks.quality import evaluate_corpora
+    from cusprun.benchmarks.kept_quality import evaluate_kept
     from cusprun.benchmarks.tables import print_tables
     from cusprun.benchmarks.task_tables import harness_table, questions_table
     from cusprun.corpora.items import read_items
@@ -164,7 +164,7 @@ def evaluate(
     runs: dict[str, Any] = {"against": other, "threads": threads, "device": _device(device)}
     found: dict[str, Any] = {}
     if text is not None:
-        pair = evaluate_corpora(path, {"text": texts}, context=context, score=score.value, **runs)["text"]
+        pair = evaluate_kept(path, {"text": texts}, context=context, score=score.value, fresh=fresh, **runs)["text"]
         found |= pair.as_json()
         if not json_:
             typer.echo("\n".join(pair.as_lines()))

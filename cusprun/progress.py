@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, one quiet line at the end of each task elsewhere."""
+"""Progress on stderr: a bar on a terminal, elsewhere a line now and then and one at the end of each task."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
+TELL_EVERY_S = 30.0  # where stderr is no terminal
 
 
 def say(message: str) -> None:
@@ -32,7 +33,7 @@ def stdout_aside() -> Iterator[None]:
 
 
 def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-    """Iterates ``items`` and shows how far it is, with the remaining time on a terminal."""
+    """Iterates ``items`` and shows how far it is, with the remaining time where ``total`` is known."""
     start = time.monotonic()
     if sys.stderr.isatty():
         from rich.console import Console
@@ -42,5 +43,17 @@ def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             yield from bar.track(items, total=total, description=label)
     else:
-        yield from items
+        told = start
+        for done, item in enumerate(items):
+            now = time.monotonic()
+            if done and now - told >= TELL_EVERY_S:
+                told = now
+                left = f" of {total}, {remaining((total - done) * (now - start) / done)} left" if total else ""
+                say(f"{label}: {done}{left}")
+            yield item
     say(f"{label}: {time.monotonic() - start:.1f} s")
+
+
+def remaining(seconds: float) -> str:
+    """Seconds, or minutes from one and a half on."""
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

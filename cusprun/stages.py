@@ -42,7 +42,7 @@ VERSIONS = {
     "questions": 1,
     "samples": 1,
     "speed": 2,
-    "frontier": 1,
+    "frontier": 2,
 }
 
 

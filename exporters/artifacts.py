@@ -17,7 +17,7 @@ from cusprun.corpora.selection import read_aside, read_texts, read_windows
 from cusprun.cut import Cut
 from cusprun.dense import Dense
 from cusprun.exporters.compensation import Roundings
-from cusprun.exporters.dense_artifacts import DenseArtifacts, sample_windows, take_imatrix
+from cusprun.exporters.dense_artifacts import DenseArtifacts, onnx_settings, sample_windows, take_imatrix
 from cusprun.files import folder_written_whole, sha256_file, written_whole
 from cusprun.formats import Rounding, format_of, rounding_of
 from cusprun.preflight import Prepared
@@ -39,11 +39,7 @@ class Artifacts:
         self.dense, self.stages, self.cut = dense, stages, cut
         aside, device = stages.folder, self.recipe.device
         self._expert_rounded = Roundings(self.out / "model", lambda: sample_windows(self._own_windows()), aside, device)
-        overrides = [parse_override(value) for value in self.recipe.tensor_type]
-        self._dense = DenseArtifacts(
-            dense, cut.windows_path, aside, wish=self.recipe.rounding, overrides=overrides,
-            onnx=self._onnx_settings(), device=device,
-        )  # fmt: skip
+        self._dense = DenseArtifacts.of(self.recipe, dense, cut.windows_path, aside)
 
     def export(self, quant: str, model_key: str) -> dict[str, Any]:
         """Writes and proves the expert in one type; its entry in expert.json."""
@@ -69,7 +65,7 @@ class Artifacts:
             return export.prediction.bytes
         from cusprun.exporters.onnx import OnnxExport
 
-        planned = OnnxExport(folder, quant, name=self.prepared.name, **self._onnx_settings())
+        planned = OnnxExport(folder, quant, name=self.prepared.name, **onnx_settings(self.recipe))
         if exact:
             with tempfile.TemporaryDirectory(prefix="cusprun-size-") as scratch:
                 return planned.write(Path(scratch) / quant).bytes
@@ -187,7 +183,7 @@ class Artifacts:
 
     def _onnx(self, quant: str, model_key: str) -> dict[str, Any]:
         path = self.out / "onnx" / quant
-        settings, rounding = self._onnx_settings(), self._rounding(quant)
+        settings, rounding = onnx_settings(self.recipe), self._rounding(quant)
 
         def write() -> dict[str, Any]:
             from cusprun.exporters.onnx import OnnxExport
@@ -212,14 +208,6 @@ class Artifacts:
         exported = self.stages.step(f"onnx.{quant}", keys, [path], write)
         value: dict[str, Any] = exported["value"]
         return value
-
-    def _onnx_settings(self) -> dict[str, Any]:
-        recipe = self.recipe
-        return {
-            "block_size": recipe.block_size,
-            "symmetric": not recipe.zero_points,
-            "output_bits": recipe.output_bits,
-        }
 
     def _proof_windows(self) -> np.ndarray:
         """Held-out text in windows, for the comparison with torch."""

@@ -18,8 +18,8 @@ from cusprun.exporters.compensation import Roundings
 from cusprun.files import sha256_file
 from cusprun.formats import Rounding, format_of, rounding_of
 from cusprun.preflight import model_name
-from cusprun.quants import TYPES, is_weighed
-from cusprun.recipe import ROUNDING_STRIDE
+from cusprun.quants import TYPES, is_weighed, parse_override
+from cusprun.recipe import ROUNDING_STRIDE, Recipe
 from cusprun.stages import VERSIONS
 
 if TYPE_CHECKING:
@@ -38,6 +38,15 @@ def take_imatrix(folder: Path, windows: Path, path: Path, device: str) -> None:
 
     texts = sample_windows(windows)
     write_imatrix(path, collect_imatrix(folder, texts, device), list(texts))
+
+
+def onnx_settings(recipe: Recipe) -> dict[str, Any]:
+    """What OnnxExport is told of a recipe."""
+    return {
+        "block_size": recipe.block_size,
+        "symmetric": not recipe.zero_points,
+        "output_bits": recipe.output_bits,
+    }
 
 
 class DenseArtifacts:
@@ -61,6 +70,15 @@ class DenseArtifacts:
         self.dense, self.windows, self.wish, self.device = dense, windows, wish, device
         self.overrides, self.onnx = list(overrides), dict(onnx or {})
         self._rounded = Roundings(dense.folder, lambda: sample_windows(windows), aside, device)
+
+    @classmethod
+    def of(cls, recipe: Recipe, dense: Dense, windows: Path, aside: Path) -> DenseArtifacts:
+        """Written as the experts of a recipe are."""
+        overrides = [parse_override(value) for value in recipe.tensor_type]
+        return cls(
+            dense, windows, aside, wish=recipe.rounding, overrides=overrides, onnx=onnx_settings(recipe),
+            device=recipe.device,
+        )  # fmt: skip
 
     def artifact(self, quant: str) -> Path:
         """The .gguf file or ONNX folder in one type; written where the cache has none."""

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cusprun.benchmarks.contenders import EVERY, REFERENCE, dense_name
+from cusprun.benchmarks.contenders import REFERENCE, dense_name, every
 from cusprun.benchmarks.cost import cost
 from cusprun.benchmarks.environment import environment
 from cusprun.benchmarks.frontier import Candidate, compare, frontier_table
@@ -146,7 +146,7 @@ def main() -> None:
     Builds.add_flags(parser)
     parser.add_argument("--eval-tokens", type=int, default=6144)
     parser.add_argument("--experts", type=int, help="so many experts at most, for a first look")
-    parser.add_argument("--types", nargs="+", default=list(EVERY), help="of the dense model")
+    parser.add_argument("--types", nargs="+", default=list(every("auto")), help="of the dense model")
     parser.add_argument("--no-speed", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("docs/results/frontier"))
     options = Builds.read_flags(parser)

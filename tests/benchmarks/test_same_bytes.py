@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from cusprun.benchmarks import quality
+from cusprun.benchmarks import answers, quality
 from cusprun.benchmarks.same_bytes import SameBytes
 from cusprun.benchmarks.tasks import multiple_choice
 from cusprun.cli import app
@@ -240,11 +240,13 @@ def test_a_window_that_finds_no_room_begins_later_for_both(tmp_path: Path, capsy
         evaluate_corpora(trimmed_of(tight, 0), texts, against=tight, score="all")
 
 
-def test_multiple_choice_reads_the_same_texts(trimmed: Path) -> None:
+def test_multiple_choice_reads_the_same_texts(trimmed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUSPRUN_CACHE", str(tmp_path))  # where nothing was answered before
+    monkeypatch.setattr(answers, "CONTEXT", 16)
     items = [Item(sentence, CHOICES, 0) for sentence in pico.SENTENCES[:3]]
     sums = [likelihoods(trimmed, item) for item in items]
     rigged = [Item(i.prompt, i.choices, int(np.argmax(s))) for i, s in zip(items, sums, strict=True)]
-    assert multiple_choice(trimmed, rigged, threads=1, context=16).accuracy == 1  # opened with the room they take
+    assert multiple_choice(trimmed, rigged, threads=1).accuracy == 1  # opened with the room they take
 
 
 def test_the_command_says_what_compares(dense: Path, trimmed: Path, tmp_path: Path) -> None:

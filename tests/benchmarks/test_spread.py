@@ -101,6 +101,8 @@ def test_rounds_end_by_number_error_or_time() -> None:
     assert "time limit" in pace.stop(3, 60, noisy)
     assert pace.left_s(10, 30, noisy) == pytest.approx(30)  # (3.5/2)² × 10 rounds are more than the limit holds
     assert pace.left_s(5, 10, quiet) == pytest.approx(10)
+    assert Pace(4).left_s(0.25, 10, []) == pytest.approx(150)  # within the first round, a quarter of which is done
+    assert Pace(None, until=0.02).left_s(1.5, 30, [math.inf]) == pytest.approx((LEAST_ROUNDS - 1.5) * 20)
 
 
 def test_ratios_have_to_be_known_twice_as_well() -> None:

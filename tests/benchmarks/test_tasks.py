@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cusprun.benchmarks.tasks import multiple_choice, paired, score, spread, tokenized, wilson
+from cusprun.benchmarks.answers import tokenized
+from cusprun.benchmarks.tasks import multiple_choice, paired, score, spread, wilson
 from cusprun.errors import InvalidRequest
 from cusprun.runtimes import Message, open_runtime
 from tests import pico
@@ -54,14 +55,14 @@ def test_rigged_questions(folder: Path, gguf: Path) -> None:
     rigged[2] = Item(rigged[2].prompt, rigged[2].choices, int(np.argmin(sums[2])))
     expected = tuple(index != 2 for index in range(len(rigged)))
     for artifact in (folder, gguf):
-        found = multiple_choice(artifact, rigged, threads=1, context=256)
+        found = multiple_choice(artifact, rigged, threads=1)
         assert found.correct == expected
         assert found.accuracy == pytest.approx(5 / 6)
         assert found.chance == 0.25
         json.dumps(found.as_json(), allow_nan=False)
     per_byte = [np.asarray(s) / [len(c.encode()) for c in CHOICES] for s in sums]
     by_length = [Item(i.prompt, i.choices, int(np.argmax(s))) for i, s in zip(items, per_byte, strict=True)]
-    assert multiple_choice(folder, by_length, threads=1, context=256).accuracy_normalised == 1
+    assert multiple_choice(folder, by_length, threads=1).accuracy_normalised == 1
 
 
 def test_without_a_template_the_choice_follows_a_blank(tmp_path: Path) -> None:

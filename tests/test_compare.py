@@ -1,0 +1,84 @@
+"""`compare` on what a build left: its artifacts beside the dense model in every type and a smaller model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from cusprun.runtimes.gguf_header import load_metadata
+from tests import pico
+from tests.test_build import command
+from tests.test_build_budget import ROUNDED
+
+
+def run(cache: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "CUSPRUN_CACHE": str(cache)}
+    done = subprocess.run(command(*words), capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def expert(tmp_path_factory: pytest.TempPathFactory, pico_model: Path, own_text: Path, cache: Path) -> Path:
+    """An expert with a file of each format, whose ffn_down weighs eight bits in every .gguf."""
+    out = tmp_path_factory.mktemp("compare") / "expert"
+    run(
+        cache, "build", "--model", pico_model, "--corpus", own_text, "--out", out, "--ratio", 0.2, "--tokens", 2048,
+        "--window", 64, "--align", 32, "--vocab", "keep", "--format", "gguf,onnx", "--quant", "q4_0,int4",
+        "--tensor-type", "ffn_down=q8_0", "--no-measure",
+    )  # fmt: skip
+    return out
+
+
+def test_an_expert_beside_the_dense_model_in_every_type_and_a_smaller_one(
+    expert: Path, cache: Path, tmp_path: Path
+) -> None:
+    smaller = pico.save_model(tmp_path / "smaller", intermediate_size=96)
+    words = ("compare", expert, "--quant", "all", "--smaller", smaller, "--no-speed", "--eval-tokens", 1024)
+    found = json.loads(run(cache, *words, "--md", tmp_path / "table.md", "--json").stdout)
+    rows = found["rows"]
+    own = [row for row in rows if row["kind"] == "expert"]
+    assert {(row["format"], row["quant"]) for row in own} == {("gguf", "q4_0"), ("onnx", "int4")}
+    dense = [row for row in rows if row["kind"] == "dense"]
+    for model in ("pico", "smaller"):
+        assert {row["name"].split()[-1] for row in dense if model in row["name"]} == ROUNDED | {"int8", "int4"}
+    assert len(dense) == 2 * (len(ROUNDED) + 2)
+    for kind in ROUNDED | {"int8", "int4"}:
+        large, small = (row["file_bytes"] for row in dense if row["name"].split()[-1] == kind)
+        assert small < large
+    for row in own:
+        assert sum(line.startswith(row["name"]) for line in found["verdicts"]) == 1  # by size alone
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert all(row["name"] in table for row in rows)
+    again = run(cache, *words)
+    assert "perplexity of" not in again.stderr  # kept
+    assert own[0]["name"] in again.stdout
+
+
+def test_dense_files_are_written_as_the_expert_was(expert: Path, cache: Path) -> None:
+    run(cache, "compare", expert, "--quant", "q4_0", "--no-speed", "--eval-tokens", 1024)
+    (path,) = (path for path in (cache / "dense-gguf").glob("*/pico*-q4_0.gguf"))
+    types = {tensor.name: tensor.type.lower() for tensor in load_metadata(path).tensors}
+    assert {types[f"blk.{layer}.ffn_down.weight"] for layer in range(3)} == {"q8_0"}
+    assert types["blk.0.ffn_up.weight"] == "q4_0"
+    assert "gptq" in path.name  # rounded on the expert's calibration text
+
+
+def test_an_expert_whose_text_is_gone_names_what_to_write(expert: Path, cache: Path) -> None:
+    texts = expert / ".stages" / "texts.jsonl"
+    texts.rename(texts.with_suffix(".aside"))
+    try:
+        done = subprocess.run(command("compare", expert, "--no-speed"), capture_output=True, text=True)
+    finally:
+        texts.with_suffix(".aside").rename(texts)
+    assert done.returncode == 2
+    assert "name a text with --text FILE" in done.stderr
