@@ -72,7 +72,7 @@ class BenchRow:
     kv_type: str | None = None
     weight_bytes: int | None = None  # read for each token
     copy_bytes_per_s: float | None = None  # the machine's, measured with as many threads
-    device_bytes: int | None = None  # of the CUDA device
+    device_bytes: int | None = None  # of the CUDA device, that were not held before the load
     rounds: int | None = None
     stopped: str | None = None  # why the rounds ended
     measured_at: str | None = None  # start of the last main run, UTC
@@ -144,6 +144,8 @@ class Measured:
         notes = [f"cold load: {note}" for note in sorted({run["cold_note"] for run in cold} - {None})]
         if main[0]["prefill_j"] is None:
             notes.append(f"energy: {main[0]['energy_note']}")
+        if self.device == "cuda" and main[0]["device_bytes"] is None:
+            notes.append("device memory: install nvidia-ml-py, or torch for CUDA, to have it counted")
         device = [run["device_bytes"] for run in main if run["device_bytes"] is not None]
         return BenchRow(
             artifact=self.artifact,

@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def measure(
     note = page_cache.drop(files) if cold else None
     if not cold:
         page_cache.fill(files)
-    free = _free_device_bytes() if device == "cuda" else 0
+    held = _held_device_bytes() if device == "cuda" else None
     resident = peak_rss_bytes()
     start = time.perf_counter()
     runtime = open_runtime(path, context=max(prefill, decode + depth, context, 1), threads=threads, device=device)
@@ -88,7 +89,8 @@ def measure(
         found["cached_tokens"] = runtime.cached
         if runtime.cached != depth + decode:
             raise Failed(f"{path}: the cache holds {runtime.cached} tokens after {depth} and {decode} more")
-    found["device_bytes"] = free - _free_device_bytes() if device == "cuda" else None
+    now = _held_device_bytes() if held is not None else None
+    found["device_bytes"] = None if now is None or held is None else now - held
     found["peak_rss_bytes"] = peak_rss_bytes()
     return found
 
@@ -140,11 +142,22 @@ def _slowed(call: Callable[..., np.ndarray], share: float) -> Callable[..., np.n
     return slowed
 
 
-def _free_device_bytes() -> int:
-    """Memory of the CUDA device that nobody holds."""
+def _held_device_bytes() -> int | None:
+    """Memory of the first CUDA device that somebody holds, whoever it is; None where neither NVML nor torch tells."""
+    if find_spec("pynvml") is not None:
+        import pynvml
+
+        try:
+            pynvml.nvmlInit()
+            return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used)
+        except pynvml.NVMLError:
+            pass  # no driver that it knows: torch may
     import torch
 
-    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else 0
+    if not torch.cuda.is_available():
+        return None
+    free, whole = torch.cuda.mem_get_info()
+    return int(whole - free)
 
 
 def import_runtime(artifact: Path) -> None:

@@ -19,7 +19,7 @@ def bench_tables(found: Mapping[str, Any]) -> list[Grid]:
         compared = {one["artifact"]: one["ratios"] for one in found["comparisons"] if one["threads"] == count}
         grids.append(bench_table(rows, next(iter(compared.values())) if len(compared) == 1 else None))
         grids.append(_tests(rows, compared))
-    return [*grids, _loads(found["rows"])]
+    return [*grids, _loads(found["rows"], found["environment"])]
 
 
 def _tests(rows: Sequence[Mapping[str, Any]], compared: Mapping[str, Mapping[str, Any]]) -> Grid:
@@ -58,8 +58,8 @@ def _tests(rows: Sequence[Mapping[str, Any]], compared: Mapping[str, Mapping[str
     return Grid(title, headers, tuple(lines), "; ".join(notes))
 
 
-def _loads(rows: Sequence[Mapping[str, Any]]) -> Grid:
-    """Loads from page cache and disk, and what a token costs in memory."""
+def _loads(rows: Sequence[Mapping[str, Any]], where: Mapping[str, Any]) -> Grid:
+    """Loads from page cache and disk, what a token costs in memory, and the machine."""
     device = any(row["device_bytes"] is not None for row in rows)
     headers = ("", "threads", "load s\nwarm", "load s\ncold", "1st token\ns, warm", "1st token\ns, cold",
                "weights\nMiB/token", "cache\nB/token", "cache\ntype", *["device\nMiB"] * device)  # fmt: skip
@@ -71,11 +71,11 @@ def _loads(rows: Sequence[Mapping[str, Any]]) -> Grid:
             f"{row['weight_bytes'] / MIB:.1f}",
             str(row["kv_bytes_per_token"]),
             str(row["kv_type"]),
-            *([f"{(row['device_bytes'] or 0) / MIB:.1f}"] * device),
+            *(["" if row["device_bytes"] is None else f"{row['device_bytes'] / MIB:.1f}"] * device),
         )
         for row in rows
     ]
-    note = "medians; cold: the files dropped from the page cache before; 1st token: load included"
+    note = "medians; cold: the files dropped from the page cache before; 1st token: load included\n" + _machine(where)
     return Grid("Loading and memory", headers, tuple(lines), note)
 
 
@@ -112,3 +112,12 @@ def _rates(interval: Sequence[float] | None) -> str:
 
 def _seconds(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
+
+
+def _machine(where: Mapping[str, Any]) -> str:
+    """Processor, what it computes with, and what ran on it."""
+    sets, versions = (
+        " ".join(where["instruction_sets"]),
+        ", ".join(" ".join(pair) for pair in where["versions"].items()),
+    )
+    return f"{where['cpu']}, {where['physical_cores']} cores; {sets}\n{where['system']}; {versions}"

@@ -71,6 +71,10 @@ class Cut:
         chosen = self._spend(base, sensitivity, prices)
         widths = chosen["value"]["widths"] if measured else None
         self.predicted, self.solved = chosen["value"].get("predicted"), chosen["value"].get("solved")
+        if self.solved is not None:
+            from cusprun.solver import as_words
+
+            say(f"solved: {self.solved['quant']}, {as_words(self.solved)}")
         if prices is not None and chosen["value"]["rows"] < self.dense.anatomy.vocab_size:
             base = self._trim(prices, chosen)
         self.base = base
@@ -155,7 +159,6 @@ class Cut:
 
         def spend() -> dict[str, Any]:
             from cusprun.sensitivity import LayerSensitivity
-            from cusprun.solver import as_words
             from cusprun.widths import solve_widths
 
             rows = self._row_choices()
@@ -174,7 +177,6 @@ class Cut:
             if self.recipe.budget:
                 best = self._solve(base, layers, settings)
                 found, solved = best.widths, {"quant": best.quant, "rounding": best.rounding, **best.expected}
-                say(f"solved: {best.quant}, {as_words(best.expected)}")
             else:
                 assert self.recipe.removed_share is not None
                 target = self.recipe.removed_share * base.anatomy.parameters

@@ -100,7 +100,7 @@ def solve_budget(
         with suppress(Infeasible):
             found.append((offer, *_exactly(anatomy, choices, budget, offer, measure_bytes)))
     if not found:
-        raise InvalidRequest(_nothing_meets(anatomy, choices, budget, offers))
+        raise InvalidRequest(_nothing_meets(anatomy, choices, budget, offers, measure_bytes))
     best: Solved | None = None
     for offer, widths, expected in sorted(found, key=lambda one: one[1].predicted):
         if best is not None and widths.predicted >= best.loss:
@@ -171,14 +171,29 @@ def _keeping(group: Sequence[Choice], whole: float) -> list[Choice]:
     return [Choice(one.loss + TIE * (most - one.amounts[0]) / whole, one.amounts) for one in group]
 
 
-def _nothing_meets(anatomy: Anatomy, choices: Offers, budget: Budget, offers: Sequence[TypeOffer]) -> str:
+def _nothing_meets(
+    anatomy: Anatomy,
+    choices: Offers,
+    budget: Budget,
+    offers: Sequence[TypeOffer],
+    measure_bytes: Callable[[str, Widths], int] | None,
+) -> str:
     """What was wished, the nearest of it together, and the limit of each wish alone."""
+
+    def expected(offer: TypeOffer, chosen: Sequence[int]) -> dict[str, float]:
+        """With a size that the file and the tables both keep to, so that it can be had when it is asked for."""
+        widths = choices.widths(chosen)
+        found = offer.expected(anatomy, widths)
+        if budget.size is not None and measure_bytes is not None:
+            found["file_bytes"] = max(found["file_bytes"], measure_bytes(offer.quant, widths))
+        return found
+
     best: tuple[float, str] | None = None
     for offer in offers:
         groups, ranges = _program(anatomy, choices, budget, offer)
         chosen = nearest(groups, ranges)
         over = sum(max(0.0, got / bound.high - 1) for got, bound in zip(sums(groups, chosen), ranges, strict=True))
-        offered = _offered(budget, offer.expected(anatomy, choices.widths(chosen)))
+        offered = _offered(budget, expected(offer, chosen))
         if best is None or over < best[0]:
             best = over, f"{offered} in {offer.quant}"
     assert best is not None
@@ -192,7 +207,7 @@ def _nothing_meets(anatomy: Anatomy, choices: Offers, budget: Budget, offers: Se
             for offer in offers:
                 groups, _ = _program(anatomy, choices, single, offer)
                 least = [min(range(len(group)), key=lambda at: group[at].amounts[0]) for group in groups]
-                reached.append(offer.expected(anatomy, choices.widths(least)))
+                reached.append(expected(offer, least))
             limits.append(_offered(single, _utmost(name, reached)))
         said += f"; by itself each reaches {', '.join(limits)}"
     return said

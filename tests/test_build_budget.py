@@ -83,8 +83,11 @@ def test_the_report_holds_predictions_against_what_was_measured(
     """And a finished expert is compared with the dense model in every type without being built again."""
     out, wish = tmp_path / "e", ("--device-profile", profile, "--quant", "q8_0", "--speedup", "1.1", "--align", "32")
     words = ("build", "--model", pico_model, "--corpus", own_text, "--out", out, *wish, *MEASURED)
-    said = run(*words).stdout
-    assert "Solved for the device" in said
+    first = run(*words)
+    assert "Solved for the device" in first.stdout
+    lines = first.stderr.splitlines()
+    (expected,) = (place for place, line in enumerate(lines) if line.startswith("solved: q8_0, "))
+    assert expected < next(place for place, line in enumerate(lines) if line.startswith("refit: "))
     report = json.loads((out / "report" / "report.json").read_text())
     rows = {row["figure"]: row for row in report["solved"]}
     assert rows["file_bytes"]["error"] == pytest.approx(0, abs=0.002)
@@ -94,6 +97,7 @@ def test_the_report_holds_predictions_against_what_was_measured(
     assert "Solved for the device" in (out / "report" / "report.html").read_text()
     again = run(*words, "--against-quantization")
     assert "refit: done before, kept" in again.stderr
+    assert lines[expected] in again.stderr.splitlines()
     frontier = json.loads((out / "report" / "report.json").read_text())["frontier"]
     assert frontier["rows"][0]["kind"] == "expert"
     assert {row["name"].split()[-1] for row in frontier["rows"][1:] if row["kind"] == "dense"} == ROUNDED

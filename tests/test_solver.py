@@ -122,6 +122,21 @@ def test_a_file_larger_than_the_tables_say_is_cut_further(anatomy: Anatomy, laye
     assert found.expected["file_bytes"] == measure("q8_0", found.widths)
 
 
+@pytest.mark.parametrize("header", [0.05, -0.02])
+def test_what_is_offered_can_be_had(anatomy: Anatomy, layers: list[LayerSensitivity], header: float) -> None:
+    """Where files are larger than the tables say, or smaller: the size that is named is one that a build keeps to."""
+
+    def measure(quant: str, widths: Widths) -> int:
+        return int(weigh(anatomy, widths) + header * anatomy.parameters)
+
+    offers = [offer(anatomy, "q8_0", 1.0, 0.0)]
+    with pytest.raises(InvalidRequest, match="the nearest is --size") as error:
+        solve_budget(anatomy, layers, Budget(size=1000), offers, align=8, measure_bytes=measure)
+    nearest = parse_bytes(str(error.value).split("--size ")[2].split()[0])
+    found = solve_budget(anatomy, layers, Budget(size=nearest), offers, align=8, measure_bytes=measure)
+    assert measure("q8_0", found.widths) <= nearest
+
+
 def test_what_cannot_be_is_refused_with_the_nearest_that_can(anatomy: Anatomy, layers: list[LayerSensitivity]) -> None:
     offers = [offer(anatomy, "q8_0", 1.0, 0.0), offer(anatomy, "q4_0", 0.5, 0.1)]
     with pytest.raises(InvalidRequest, match=r"meets --size 1KB; the nearest is --size [0-9.]+KB in q4_0$") as error:

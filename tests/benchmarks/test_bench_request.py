@@ -10,23 +10,25 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from cusprun.benchmarks import energy, page_cache
+from cusprun.benchmarks import energy, page_cache, run_once
 from cusprun.benchmarks.bandwidth import measure_copy
 from cusprun.benchmarks.cost import cost
 from cusprun.benchmarks.environment import environment
 from cusprun.benchmarks.llama_bench import OURS, THEIRS
 from cusprun.benchmarks.request import Request, measure
-from cusprun.benchmarks.sizes import FULL, MAIN, Run, choose
+from cusprun.benchmarks.sizes import FULL, MAIN, Run, Sizes, choose
 from cusprun.benchmarks.speed import bench
 from cusprun.benchmarks.speed_table import bench_tables
 from cusprun.benchmarks.tables import as_text
 from cusprun.errors import Failed, InvalidRequest
-from cusprun.runtimes import open_runtime
+from cusprun.runtimes import default_threads, open_runtime
 from cusprun.runtimes.child import run_in_child
 
 # `llama-bench -o csv` of llama.cpp b5163 (tools/llama-bench/README.md), what is set by its own flags left out
@@ -97,6 +99,71 @@ def test_tables_fit(swept: dict[str, Any]) -> None:
     assert "…" not in text
     assert "Tests, 2 threads, 2 rounds" in text
     assert "tg4 @ d64" in text
+    where = swept["found"]["environment"]
+    for told in (where["cpu"].split()[0], where["instruction_sets"][0], where["versions"]["llama-cpp-python"]):
+        assert told in text
+
+
+def test_what_is_measured_where_nothing_is_asked(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked(Exception):
+        pass
+
+    def asked(paths: list[Path], **settings: Any) -> Any:
+        raise Asked(settings)
+
+    monkeypatch.setattr("cusprun.benchmarks.request.bench", asked)
+    with pytest.raises(Asked) as found:
+        measure(Request([gguf]))
+    settings = found.value.args[0]
+    assert settings["default"] == Sizes((128, 512, 2048), (128,), (0, 2048))
+    assert (settings["until"], settings["max_seconds"], settings["repetitions"]) == (0.02, 600, None)
+    assert settings["cold"]
+    assert settings["copy"]
+    assert settings["threads"] is None
+    with pytest.raises(Asked) as found:
+        measure(Request([gguf], repetitions=3))
+    assert (found.value.args[0]["until"], found.value.args[0]["max_seconds"]) == (None, None)
+
+
+def test_threads_are_physical_cores_by_default() -> None:
+    cores = psutil.cpu_count(logical=False) or 1
+    assert default_threads() == min(cores, len(psutil.Process().cpu_affinity()))
+
+
+def test_cold_loads_are_told_apart_and_files_are_read_anew(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    renewed: list[list[Path]] = []
+
+    def renew(files: Any) -> None:
+        renewed.append(list(files))
+        page_cache_renew(files)
+
+    def watched(function: Any, *args: Any, **kwargs: Any) -> Any:
+        found = run_in_child(function, *args, **kwargs)
+        return {**found, "load_s": 77.0, "ready_s": 78.0, "cold_note": None} if kwargs.get("cold") else found
+
+    page_cache_renew = page_cache.renew
+    monkeypatch.setattr(page_cache, "renew", renew)
+    monkeypatch.setattr("cusprun.benchmarks.speed.run_in_child", watched)
+    (row,) = bench([gguf], prefill=8, decode=4, depth=0, repetitions=2, threads=1, cold=True)
+    assert (row.load_cold_s, row.ready_cold_s) == (77, 78)
+    assert row.samples["load_cold_s"] == [77, 77]
+    assert row.load_s < 5
+    assert renewed == [[gguf]] * 3  # before the first round, and after each cold load
+
+
+def test_a_cold_run_drops_the_file_before_it_loads(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    for name in ("drop", "fill"):
+        monkeypatch.setattr(page_cache, name, partial(lambda name, files: steps.append(name), name))
+
+    def load(*args: Any, **settings: Any) -> Any:
+        steps.append("load")
+        return open_runtime(*args, **settings)
+
+    monkeypatch.setattr(run_once, "open_runtime", load)
+    for cold in (True, False):
+        run_once.measure(str(gguf), prefill=4, decode=2, threads=1, cold=cold)
+    assert steps == ["drop", "load", "fill", "load"]
 
 
 def test_the_machine_is_named() -> None:
