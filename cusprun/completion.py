@@ -138,7 +138,7 @@ def _targets() -> Iterable[str]:
 languages, domains, tasks = offer(_languages), offer(_domains), offer(_tasks)
 entries, models, experts, targets = offer(_entries), offer(_models), offer(_experts), offer(_targets)
 types, gguf_types = offer(_types, several=True), offer(_gguf_types, several=True)
-types_or_all = offer(lambda: {**_types(), "all": "every one"}, several=True)
+types_or_all = offer(lambda: {**_types(), "all": "every one that rounds"}, several=True)
 formats, devices = field("format", several=True), field("device")
 vocabularies, archives = offer(lambda: ("auto", "keep")), offer(lambda: ("tar.zst", "zip", "none"))
 

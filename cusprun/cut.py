@@ -373,17 +373,19 @@ class Cut:
             windows, kind = read_windows(base.windows), recipe.recover
             assert kind is not None
             teacher = base.folder if kind == "distill" else None
-            rank, tokens, device = recipe.recover_rank, recipe.recover_tokens, recipe.device
-            seconds = estimate(
-                compacted, windows, kind=kind, teacher=teacher, rank=rank, tokens=tokens, device=device
-            )  # fmt: skip
-            say(f"recovery by {kind}: about {seconds / 60:.1f} minutes")
+            course: dict[str, Any] = {
+                "kind": kind, "teacher": teacher, "rank": recipe.recover_rank, "steps": recipe.recover_steps,
+                "tokens": recipe.recover_tokens, "device": recipe.device,
+            }  # fmt: skip
+            say(f"recovery by {kind}: about {estimate(compacted, windows, **course) / 60:.1f} minutes")
             report = recover(
-                compacted, windows, out, kind=kind, teacher=teacher, rank=rank, tokens=tokens, device=device,
-                learning_rate=recipe.recover_rate, seed=recipe.seed, state=self.stages.folder / "recovery",
+                compacted, windows, out, **course, learning_rate=recipe.recover_rate, seed=recipe.seed,
+                state=self.stages.folder / "recovery",
             )  # fmt: skip
             return report.as_json()
 
         recipe = self.recipe
-        fields = recipe.key("recover", "recover_rank", "recover_tokens", "recover_rate", "seed", "device")
+        fields = recipe.key(
+            "recover", "recover_rank", "recover_tokens", "recover_steps", "recover_rate", "seed", "device"
+        )  # fmt: skip
         return self.stages.step("model", [key, base.key, fields], [out], train)

@@ -54,6 +54,7 @@ Recover = Annotated[
 ]
 RecoverRank = Annotated[int | None, typer.Option(help="Rank of the adapters.")]
 RecoverTokens = Annotated[int | None, typer.Option(help="Tokens that recovery reads in all.")]
+RecoverSteps = Annotated[int | None, typer.Option(help="Updates of recovery; default: one for each window.")]
 RecoverRate = Annotated[float | None, typer.Option(help="Learning rate of recovery.")]
 Ratio = Annotated[float | None, typer.Option(help="Share of all parameters that goes; default 0.25.")]
 Epsilon = Annotated[float | None, typer.Option(help="Remove what changes a layer by no more than this.")]
@@ -101,7 +102,7 @@ Measure = Annotated[bool | None, typer.Option("--measure/--no-measure", help="Me
 AgainstQuantization = Annotated[
     bool | None,
     typer.Option(
-        "--against-quantization/--alone", help="Compare with the dense model in every type too, speed and all; long."
+        "--against-quantization/--alone", help="Compare with the dense model in every type that rounds too; long."
     ),
 ]
 EvalTokens = Annotated[int | None, typer.Option(help="Tokens of each evaluation text.")]
@@ -122,7 +123,8 @@ PRUNING = {
     "include": Include, "general": General, "weight": Weight, "method": Method, "combine": Combine, "widths": Widths,
     "form": Form, "vocab": Vocab, "ratio": Ratio, "epsilon": Epsilon, "layout": Layout, "align": Align,
     "tokens": Tokens, "window": Window, "recover": Recover, "recover_rank": RecoverRank,
-    "recover_tokens": RecoverTokens, "recover_rate": RecoverRate, "seed": Seed, "device": Device,
+    "recover_tokens": RecoverTokens, "recover_steps": RecoverSteps, "recover_rate": RecoverRate, "seed": Seed,
+    "device": Device,
 }  # fmt: skip
 BUILDING = {
     "model": Model, **PRUNING, "size": Size, "ram": Ram, "speedup": Speedup, "tps": Tps,
@@ -139,7 +141,7 @@ SUBJECTS = {
     "Text": ("corpus", "dim", "include", "general", "weight", "tokens", "window", "seed"),
     "How much goes": ("ratio", "size", "ram", "speedup", "tps", "device_profile", "epsilon"),
     "What goes": ("method", "combine", "widths", "form", "vocab", "layout", "align"),
-    "Training after the cut": ("recover", "recover_rank", "recover_tokens", "recover_rate"),
+    "Training after the cut": ("recover", "recover_rank", "recover_tokens", "recover_steps", "recover_rate"),
     "Files": ("format", "quant", "rounding", "tensor_type", "block_size", "zero_points", "output_bits"),
     "Measurements": ("measure", "against_quantization", "eval_tokens", "questions", "repetitions", "threads"),
     "Options": ("out", "name", "recipe", "device", "json_"),

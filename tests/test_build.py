@@ -18,6 +18,7 @@ import yaml
 from gguf import GGUFReader
 from safetensors.numpy import load_file
 
+from cusprun.allocation import plan_epsilon
 from cusprun.anatomy import describe
 from cusprun.checkpoint import Weights
 from cusprun.compact import compact
@@ -266,6 +267,31 @@ def test_methods_of_one_corpus_score_one_by_its_tokens(
         biases = load_file(tmp_path / "biases" / "model.safetensors")
         found = load_file(out / "model" / "model.safetensors")
         assert all(np.array_equal(found[name], value) for name, value in biases.items())
+
+
+def test_epsilon_holds_on_every_dimension_s_text_for_refit_too(
+    tmp_path: Path, pico_model: Path, own_text: Path
+) -> None:
+    out = tmp_path / "pruned"
+    run("prune", pico_model, "--corpus", own_text, "--dim", f"style={own_text}", "--epsilon", 0.2, "--tokens", 4096,
+        "--window", 64, "--align", 1, "--vocab", "keep", "--layout", "per-layer", "--out", out)  # fmt: skip
+    anatomy, seen = describe(pico_model), load_statistics(out / ".stages" / "statistics")
+    names = {name: 1.0 for name in load_file(out / ".stages" / "windows.safetensors") if "/" not in name}
+    assert len(names) == 2
+    criterion = find_criterion("cus-prun")
+    scores = score_layers(Weights(pico_model), anatomy, seen, criterion, "intersection", names)
+    wanted = plan_epsilon(anatomy, scores, 0.2, align=1, layout="per-layer")
+    assert describe(out / "model").layers == wanted.expert.layers != anatomy.layers
+
+
+def test_even_widths_take_the_same_share_of_every_layer(tmp_path: Path, pico_model: Path, own_text: Path) -> None:
+    words = ("prune", pico_model, "--corpus", own_text, "--ratio", 0.2, "--tokens", 2048, "--window", 64, "--align", 1)
+    run(*words, "--vocab", "keep", "--widths", "even", "--out", tmp_path / "even")
+    before, after = describe(pico_model), describe(tmp_path / "even" / "model")
+    assert max(layer.ffn for layer in after.layers) - min(layer.ffn for layer in after.layers) <= 1
+    assert after.layers[0].ffn < before.layers[0].ffn
+    assert 1 - after.parameters / before.parameters == pytest.approx(0.2, abs=0.01)
+    assert (tmp_path / "even" / ".stages" / "refitted").is_dir()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

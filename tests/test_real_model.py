@@ -62,9 +62,9 @@ def test_a_quarter_of_all_parameters_goes_rows_of_the_vocabulary_among_them(expe
 
 
 def test_the_loss_is_a_fraction_of_what_slicing_alone_loses(report: dict[str, Any]) -> None:
-    """Cus-Prun alone, at the same size, adds 40 % to the scenario's bits per byte."""
+    """Cus-Prun alone, at the same size and vocabulary, adds 30 % to the scenario's bits per byte; this build 12 %."""
     quality = report["quality"]["corpora"]["scenario"]
-    assert quality["expert"]["bits_per_byte"] / quality["dense"]["bits_per_byte"] - 1 < 0.30
+    assert quality["expert"]["bits_per_byte"] / quality["dense"]["bits_per_byte"] - 1 < 0.20
 
 
 def test_the_speed_follows_the_bytes_and_the_multiplications(report: dict[str, Any]) -> None:

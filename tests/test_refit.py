@@ -15,6 +15,7 @@ from cusprun.checkpoint import load_model
 from cusprun.compact import compact
 from cusprun.errors import InvalidRequest
 from cusprun.refit import Form, refit
+from cusprun.surgeon import choose_columns
 from tests import pico
 
 
@@ -77,7 +78,7 @@ def test_layers_and_attention_blocks_may_go_in_every_combination(tmp_path: Path,
 
 
 def test_the_sequential_form_repairs_what_the_layers_before_broke(tmp_path: Path) -> None:
-    """A layer whose attention went: what the next layer's FFN can put back, it does."""
+    """On text that gave no moments too: a layer puts back what the layers before it lost."""
     folder = pico.save_model(tmp_path / "dense")
     anatomy = describe(folder)
     full = anatomy.layers[0]
@@ -86,8 +87,57 @@ def test_the_sequential_form_repairs_what_the_layers_before_broke(tmp_path: Path
     for form in ("parallel", "sequential"):
         plan = refit(folder, anatomy, widths, {"t": SEEN}, tmp_path / f"{form}.refitted", form=form)  # type: ignore[arg-type]
         compact(folder, plan, tmp_path / form, refitted=tmp_path / f"{form}.refitted")
-        found[form] = divergence(folder, tmp_path / form, torch.from_numpy(SEEN))
-    assert found["sequential"] < found["parallel"]
+        found[form] = [divergence(folder, tmp_path / form, ids) for ids in (torch.from_numpy(SEEN), UNSEEN)]
+    assert all(one < other for one, other in zip(found["sequential"], found["parallel"], strict=True))
+
+
+@pytest.mark.parametrize("form", ["parallel", "sequential", "joint"])
+def test_heads_that_go_are_made_up_for(tmp_path: Path, form: Form) -> None:
+    """Half of the kv groups are near copies of the others: o_proj of what stays takes their part over."""
+    folder = pico.save_model(tmp_path / "dense")
+    tensors, chance = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        if any(matrix in name for matrix in ("q_proj", "k_proj", "v_proj")):
+            half = len(tensor) // 2
+            tensor[half:] = tensor[:half] * (1 + 0.05 * torch.randn(tensor[:half].shape, generator=chance))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    anatomy = describe(folder)
+    full = anatomy.layers[0]
+    widths = [LayerWidths(full.ffn, full.heads // 2, full.kv_heads // 2)] * len(anatomy.layers)
+    plan = refit(folder, anatomy, widths, {"t": SEEN}, tmp_path / "refitted", form=form)
+    compact(folder, plan, tmp_path / "sliced")
+    compact(folder, plan, tmp_path / "expert", refitted=tmp_path / "refitted")
+    repaired, sliced = (divergence(folder, tmp_path / name, UNSEEN) for name in ("expert", "sliced"))
+    assert repaired < 0.2 * sliced
+
+
+def test_each_way_to_combine_has_its_own_say(tmp_path: Path) -> None:
+    """Two texts that share no token: pooled, or each with a veto, or each with a wish, other channels stay."""
+    folder = pico.save_model(tmp_path / "dense")
+    anatomy = describe(folder)
+    widths = [LayerWidths(layer.ffn // 2, layer.heads, layer.kv_heads) for layer in anatomy.layers]
+    low, high = (np.random.default_rng(seed).integers(3 + 200 * seed, 200 + 200 * seed, (24, 64)) for seed in (0, 1))
+    windows = {"one": low, "two": high[:6]}
+    plans = {
+        combine: refit(folder, anatomy, widths, windows, tmp_path / combine, combine=combine).layers  # type: ignore[arg-type]
+        for combine in ("mixture", "intersection", "max")
+    }
+    assert len(set(plans.values())) == 3
+    moments = {name: first_moments(folder, ids) for name, ids in windows.items()}
+    down = load_model(folder).model.layers[0].mlp.down_proj.weight.detach().double()
+    for combine, agreement in (("intersection", "intersection"), ("max", "max")):
+        chosen = choose_columns(down, list(moments.values()), [widths[0].ffn], agreement)[0]  # type: ignore[arg-type]
+        assert len(set(chosen) & set(plans[combine][0].ffn)) >= 0.9 * len(chosen)
+
+
+def first_moments(folder: Path, ids: np.ndarray) -> torch.Tensor:
+    """E[x xᵀ] of what down_proj of the first layer reads, by transformers."""
+    model = load_model(folder)
+    seen: list[torch.Tensor] = []
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda m, i, o: seen.append(i[0].flatten(0, 1).double()))
+    with torch.no_grad():
+        model(torch.from_numpy(ids))
+    return seen[0].T @ seen[0] / len(seen[0])
 
 
 @pytest.mark.parametrize("settings", [{}, {"attention_bias": True, "mlp_bias": True}])

@@ -273,7 +273,11 @@ class Grid:
         recipe = make_recipe(flags)  # a flag that is left out is the same as its default
         own = [[_sha256(text.path), text.weight] for text in map(parse_own_text, recipe.corpus)]
         contents = {**recipe.model_dump(mode="json", exclude=AFTER_PRUNE), "corpus": own, "combine": recipe.combined}
-        for name in (*BUDGET, "device_profile"):  # where they are not given the key is that of before there were such
+        for name in (
+            *BUDGET,
+            "device_profile",
+            "recover_steps",
+        ):  # where they are not given the key is that of before there were such
             if contents[name] is None:
                 del contents[name]
         contents["widths"] = recipe.cuts_by if recipe.method == "refit" else None

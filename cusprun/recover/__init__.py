@@ -22,6 +22,7 @@ from cusprun.anatomy import read_config
 from cusprun.errors import InvalidRequest
 from cusprun.files import folder_written_whole, write_json
 from cusprun.progress import say, track
+from cusprun.recipe import Recipe
 from cusprun.recover.request import Kind, Request, tensor_shapes
 
 if TYPE_CHECKING:
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
 
     from cusprun.recover.training import Training
 
-RANK = 8
-TOKENS = 65536
-LEARNING_RATE = 5e-4
+RANK, TOKENS, LEARNING_RATE = (  # a build's
+    Recipe.model_fields[name].default for name in ("recover_rank", "recover_tokens", "recover_rate")
+)
 SAVED_EVERY = 8  # steps
 
 

@@ -15,8 +15,9 @@ from cusprun.anatomy import describe
 from cusprun.checkpoint import Weights, load_model, load_tokenizer
 from cusprun.errors import InvalidRequest
 from cusprun.exporters.gguf import export_gguf
+from cusprun.exporters.onnx import export_onnx
 from cusprun.exporters.proof import HARD_STRINGS, tokenizer_difference
-from cusprun.runtimes import Message, Sampling
+from cusprun.runtimes import Message, Sampling, open_runtime
 from cusprun.runtimes.llamacpp import LlamaCppRuntime
 from cusprun.runtimes.torch_runtime import TorchRuntime
 from cusprun.vocabulary import close, count_tokens, expected_rates, order_removals, read_pieces, trim_model
@@ -130,6 +131,30 @@ def test_gguf_has_the_same_ids(tmp_path: Path, kind: str) -> None:
     assert np.allclose(llama.prefill(tokens), torch_runtime.prefill(tokens), atol=0.03)  # its cache is half precision
     answers = [list(each.generate(tokens, Sampling(max_tokens=8))) for each in (llama, torch_runtime)]
     assert answers[0] == answers[1]
+
+
+def test_onnx_has_the_same_ids(tmp_path: Path) -> None:
+    dense = make(tmp_path / "dense", KINDS[0])
+    _, new = trimmed(dense, tmp_path / "trimmed")
+    export_onnx(tmp_path / "trimmed", tmp_path / "onnx", "fp32")
+    config, genai = (
+        json.loads(path.read_text())
+        for path in (tmp_path / "trimmed" / "config.json", tmp_path / "onnx" / "genai_config.json")
+    )
+    whole = json.loads((dense / "config.json").read_text())
+    for name in ("bos_token_id", "eos_token_id"):
+        ends = genai["model"][name]
+        assert (ends[0] if isinstance(ends, list) else ends) == config[name] == new[whole[name]]
+    assert genai["model"]["vocab_size"] == config["vocab_size"] < whole["vocab_size"]
+    torch_runtime, onnx = TorchRuntime(tmp_path / "trimmed", threads=1), open_runtime(tmp_path / "onnx", threads=1)
+    prompt = onnx.chat_prompt([Message("user", DECLARATION["en"])])
+    tokens = onnx.encode(prompt, special=True)
+    assert tokens == torch_runtime.encode(prompt, special=True)
+    assert np.allclose(onnx.prefill(tokens), torch_runtime.prefill(tokens), atol=1e-3)
+    answers = [list(each.generate(tokens, Sampling(max_tokens=8))) for each in (onnx, torch_runtime)]
+    assert answers[0] == answers[1]
+    for text in (*SENTENCES, *random_strings(100)):
+        assert onnx.decode(onnx.encode(text)) == torch_runtime.decode(torch_runtime.encode(text))
 
 
 def test_what_has_to_stay_cannot_go(tmp_path: Path) -> None:
