@@ -181,6 +181,8 @@ def quality_section(quality: Mapping[str, QualityPair], score: str) -> dict[str,
             entry["bits_per_byte_increase"] = pair.increase
             entry["ratios"] = pair.ratios
             entry["same_vocabulary"] = pair.same_vocabulary
+            if pair.divergence is not None:
+                entry["divergence"] = asdict(pair.divergence)
         corpora[name] = entry
     contexts = sorted({pair.artifact.context for pair in quality.values()})
     same = all(pair.same_vocabulary for pair in quality.values())

@@ -67,6 +67,9 @@ def bench_table(rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, Any] | N
     return Grid("Speed and size", headers, tuple(lines), note)
 
 
+PERCENTILES = {"kld_p50": "median", "kld_p90": "90 %", "kld_p99": "99 %", "kld_max": "most"}
+
+
 def quality_table(corpora: Mapping[str, Mapping[str, Any]]) -> Grid:
     """``corpora``: name -> {"expert": Quality, "dense": Quality, ...} as in report.json; dense may be missing."""
     headers = ("text", "", "bits/\nbyte", "over\ndense", "perplexity", "KL\nnats", "same\ntop-1", "tokens")
@@ -96,6 +99,10 @@ def quality_table(corpora: Mapping[str, Mapping[str, Any]]) -> Grid:
     note = f"windows of {context} tokens; perplexity ± standard error, per token"
     if any(entry.get("dense") for entry in corpora.values()):
         note += "; KL and top-1 against dense" if not _different(corpora) else f"; {REMARK}"
+    for name, entry in corpora.items():
+        if spread := entry.get("divergence"):
+            parts = ", ".join(f"{label} {spread[key]:.4f}" for key, label in PERCENTILES.items())
+            note += f"; {name}: KL {parts}"
     return Grid("Quality on held-out text", headers, tuple(lines), note)
 
 

@@ -47,6 +47,8 @@ def minutes(recipe: Recipe, sizes: Sizes, artifacts: bool) -> tuple[float, float
         quick += WINDOWS * TOKENS * CUTS * len(sizes.anatomy.layers) // 2  # from its layer on: half of all
     if recipe.vocab != "keep":
         quick += SAMPLE
+    if recipe.recover is not None:  # forwards, and backwards twice as much; the teacher's answers
+        quick += recipe.recover_tokens * (4 if recipe.recover == "distill" else 3)
     if artifacts and recipe.measure:
         measured = 2 * _written(recipe)  # dense and expert
         passes += measured * (TEXTS * recipe.eval_tokens + QUESTION_TOKENS * recipe.questions)

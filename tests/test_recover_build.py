@@ -10,6 +10,9 @@ import torch
 
 from cusprun.anatomy import describe
 from cusprun.checkpoint import Weights
+from cusprun.dense import Sizes
+from cusprun.needs import minutes
+from cusprun.recipe import Recipe
 from tests.test_build import QUICK, run
 
 pytest.importorskip("peft")
@@ -42,3 +45,13 @@ def test_what_ships_is_the_recovered_model(
     assert "recovery" in json.loads((model / "config.json").read_text())["cusprun"]
     again = run(*words, "--recover", kind, *COURSE, *QUICK)
     assert "model: done before, kept" in again.stderr
+
+
+def test_the_plan_counts_recovery_in(pico_model: Path) -> None:
+    sizes = Sizes(describe(pico_model), 4, False)
+    tokens = 40 * 65536
+    took = [
+        minutes(Recipe(corpus=("own.txt",), vocab="keep", recover=kind, recover_tokens=tokens), sizes, False)[1]
+        for kind in (None, "lora", "distill")
+    ]
+    assert took[0] < took[1] < took[2]

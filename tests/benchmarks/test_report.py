@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from cusprun.anatomy import LayerWidths
 from cusprun.benchmarks.report import UNITS, build_report, figures, write_report
 from cusprun.benchmarks.tables import as_text, bench_table, quality_table, render_markdown, render_table
-from cusprun.benchmarks.tally import REMARK, Quality, QualityPair, percent
+from cusprun.benchmarks.tally import REMARK, Divergence, Quality, QualityPair, percent
 from cusprun.benchmarks.tasks import score
 from cusprun.errors import InvalidRequest
 from tests.benchmarks.test_speed import row
@@ -39,6 +40,18 @@ def parts() -> dict[str, Any]:
         "stages": {"statistics": 61.23, "export": 4.0},
         "proofs": [{"path": "expert-q8_0.gguf", "top1_agreement": 0.99, "kld_mean": 0.002}],
     }
+
+
+def test_how_the_divergence_is_spread_is_in_the_report_and_its_table(parts: dict[str, Any]) -> None:
+    spread = Divergence(0.002, 0.0411, 0.3322, 1.7533, 6.2544, 0.004)
+    pair = QualityPair(quality(24.1, True), quality(20.0, False), True, spread)
+    report = build_report(**{**parts, "quality": {"scenario": pair, "general": parts["quality"]["general"]}})
+    corpora = report["quality"]["corpora"]
+    assert corpora["scenario"]["divergence"] == asdict(spread)
+    assert "divergence" not in corpora["general"]
+    table = " ".join(as_text(quality_table(corpora)).split())
+    assert "scenario: KL median 0.0411, 90 % 0.3322, 99 % 1.7533, most 6.2544" in table
+    assert "general: KL" not in table
 
 
 def test_report_holds_everything(parts: dict[str, Any], tmp_path: Path) -> None:

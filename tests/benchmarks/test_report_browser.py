@@ -27,7 +27,9 @@ def browser() -> Iterator[Any]:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One expert with everything, and a page of two experts of whom one has long names and a hostile answer."""
     folder = tmp_path_factory.mktemp("pages")
-    one = make_expert(folder / "one", make_report(frontier=frontier(False)))
+    solved = {"name": "refit", "budget": {"size": 91_000_000, "speedup": 1.5}, "solved": {"file_bytes": 90_000_000}}
+    one = make_expert(folder / "one", make_report(frontier=frontier(False), method=solved))
+    assert "--size 91MB --speedup 1.5" in write_pages(one)[0].read_text()
     evil = "<script>fetch('https://example.org')</script><img src=https://example.org/x.png>"
     answer = {"prompt": LONG, "reference": None, "dense": evil, "expert": LONG}
     two = make_expert(
