@@ -20,12 +20,18 @@ from cusprun.files import sha256_file, sha256_tree
 
 VERSION = 1  # of what an answer means; raised where the same request is answered in another way
 PACKAGES = {"gguf": ("llama-cpp-python",), "onnx": ("onnxruntime", "tokenizers"), "folder": ("torch", "transformers")}
+NAME = "answers.sqlite"
 WAIT = 60  # seconds for another process that writes
 
 
 def store_path() -> Path:
     """The file that holds the answers; its folder is made. Raises Failed where that cannot be."""
-    return make_folder(cache_folder() / "answers") / "answers.sqlite"
+    return make_folder(cache_folder() / "answers") / NAME
+
+
+def has_store() -> bool:
+    """Whether anything was ever kept."""
+    return (cache_folder() / "answers" / NAME).is_file()
 
 
 def artifact_sha256(path: Path) -> str:

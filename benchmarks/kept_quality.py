@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from cusprun.benchmarks.answer_store import AnswerStore, answer_keys, store_path
+from cusprun.benchmarks.answer_store import AnswerStore, answer_keys, has_store, store_path
 from cusprun.benchmarks.quality import Text, evaluate_corpora, join
 from cusprun.benchmarks.tally import QualityPair
 
@@ -39,18 +39,26 @@ def evaluate_kept(
     ]
     keys = dict(zip(corpora, answer_keys(artifact, requests, device), strict=True))
     found = {}
-    with AnswerStore(store_path()) as store:
-        if fresh:
-            store.forget(list(keys.values()))
-        for name, text in corpora.items():
-            if (value := store.get(keys[name])) is None:
-                pair = evaluate_corpora(
-                    artifact, {name: text}, against=against, threads=threads, device=device, **settings
-                )[name]
-                value = asdict(pair)
+    for name, text in corpora.items():
+        value = None if fresh else _find(keys[name])
+        if value is None:
+            value = asdict(
+                evaluate_corpora(artifact, {name: text}, against=against, threads=threads, device=device, **settings)[
+                    name
+                ]
+            )
+            with AnswerStore(store_path()) as store:
                 store.put(keys[name], value)
-            found[name] = kept.validate_python(value)
+        found[name] = kept.validate_python(value)
     return found
+
+
+def _find(key: str) -> Any:
+    """What is kept of a text; a store is made where something is to be kept, so that what is refused leaves none."""
+    if not has_store():
+        return None
+    with AnswerStore(store_path()) as store:
+        return store.get(key)
 
 
 def _digest(text: Text) -> str:

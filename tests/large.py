@@ -36,11 +36,14 @@ CONFIG = {
 }  # the shape of TinyLlama
 
 
-def save_large(folder: Path, layers: int = 22) -> Path:
-    """Writes the model with ``layers`` layers (22: 1.1 B parameters, 2.2 GB) and a small tokenizer."""
+def save_large(folder: Path, layers: int = 22, **changes: int) -> Path:
+    """Writes the model with ``layers`` layers (22: 1.1 B parameters, 2.2 GB) and a small tokenizer.
+
+    ``changes`` of the configuration make it narrower.
+    """
     folder.mkdir(parents=True)
     pico.save_tokenizer(folder)
-    write_json(folder / "config.json", CONFIG | {"num_hidden_layers": layers})
+    write_json(folder / "config.json", CONFIG | {"num_hidden_layers": layers} | changes)
     anatomy = describe(folder)
     sizes = {name: 2 * _count(shape) for name, shape in anatomy.tensor_shapes()}
     write_weights(folder, _tensors(anatomy), sizes)
