@@ -39,22 +39,15 @@ def expert(tmp_path_factory: pytest.TempPathFactory, pico_model: Path, own_text:
     return out
 
 
-def test_an_expert_beside_the_dense_model_in_every_type_and_a_smaller_one(
-    expert: Path, cache: Path, tmp_path: Path
-) -> None:
-    smaller = pico.save_model(tmp_path / "smaller", intermediate_size=96)
-    words = ("compare", expert, "--quant", "all", "--smaller", smaller, "--no-speed", "--eval-tokens", 1024)
+def test_an_expert_beside_the_dense_model_in_every_type(expert: Path, cache: Path, tmp_path: Path) -> None:
+    words = ("compare", expert, "--quant", "all", "--no-speed", "--eval-tokens", 1024)
     found = json.loads(run(cache, *words, "--md", tmp_path / "table.md", "--json").stdout)
     rows = found["rows"]
     own = [row for row in rows if row["kind"] == "expert"]
     assert {(row["format"], row["quant"]) for row in own} == {("gguf", "q4_0"), ("onnx", "int4")}
     dense = [row for row in rows if row["kind"] == "dense"]
-    for model in ("pico", "smaller"):
-        assert {row["name"].split()[-1] for row in dense if model in row["name"]} == ROUNDED | {"int8", "int4"}
-    assert len(dense) == 2 * (len(ROUNDED) + 2)
-    for kind in ROUNDED | {"int8", "int4"}:
-        large, small = (row["file_bytes"] for row in dense if row["name"].split()[-1] == kind)
-        assert small < large
+    assert {row["name"].split()[-1] for row in dense} == ROUNDED | {"int8", "int4"}
+    assert len(dense) == len(ROUNDED) + 2
     for row in own:
         assert sum(line.startswith(row["name"]) for line in found["verdicts"]) == 1  # by size alone
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
@@ -62,6 +55,17 @@ def test_an_expert_beside_the_dense_model_in_every_type_and_a_smaller_one(
     again = run(cache, *words)
     assert "perplexity of" not in again.stderr  # kept
     assert own[0]["name"] in again.stdout
+
+
+def test_a_smaller_model_is_taken_in_the_same_types(expert: Path, cache: Path, tmp_path: Path) -> None:
+    smaller = pico.save_model(tmp_path / "smaller", intermediate_size=96)
+    words = ("compare", expert, "--quant", "q4_0,int8", "--smaller", smaller, "--no-speed", "--eval-tokens", 1024)
+    rows = json.loads(run(cache, *words, "--json").stdout)["rows"]
+    dense = [row for row in rows if row["kind"] == "dense"]
+    assert [row["name"].split()[-1] for row in dense] == ["q4_0", "int8"] * 2
+    for large, small in zip(dense[:2], dense[2:], strict=True):
+        assert small["name"].startswith("smaller")
+        assert small["file_bytes"] < large["file_bytes"]
 
 
 def test_dense_files_are_written_as_the_expert_was(expert: Path, cache: Path) -> None:
