@@ -161,8 +161,8 @@ def _types(quants: Sequence[str], rounding: Rounding, formats: Collection[str]) 
     Raises InvalidRequest for what is no type, or cannot be written with this rounding.
     """
     named = [part for value in quants for part in value.split(",") if part]
-    both = every(rounding, formats)
-    types = list(dict.fromkeys(kind for name in named for kind in (both if name == "all" else (name,))))
+    rounded = every(rounding, formats)
+    types = list(dict.fromkeys(kind for name in named for kind in (rounded if name == "all" else (name,))))
     for kind in types:
         if format_of(kind) == "gguf" and rounding == "nearest" and TYPES[kind].needs_imatrix:
             raise InvalidRequest(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 POWERCAP = Path("/sys/class/powercap")
 
@@ -59,8 +60,7 @@ def _nvml() -> Meter:
         return Meter(tuple, (), "the device's energy needs the package nvidia-ml-py")
     import pynvml
 
-    pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    handle = first_device()
 
     def read() -> tuple[int, ...]:
         return (1000 * int(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)),)
@@ -70,3 +70,11 @@ def _nvml() -> Meter:
     except pynvml.NVMLError as error:
         return Meter(tuple, (), f"the device reports no energy: {error}")
     return Meter(read, (2**63,), "NVML, first CUDA device, all that ran on it")
+
+
+def first_device() -> Any:
+    """NVML's handle of the first CUDA device. Raises pynvml.NVMLError where it has none."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    return pynvml.nvmlDeviceGetHandleByIndex(0)

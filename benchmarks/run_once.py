@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from cusprun.benchmarks import page_cache
-from cusprun.benchmarks.energy import Meter, open_meter
+from cusprun.benchmarks.energy import Meter, first_device, open_meter
 from cusprun.errors import Failed
 from cusprun.runtimes import Runtime, is_onnx, open_runtime
 
@@ -56,7 +56,7 @@ def measure(
     note = page_cache.drop(files) if cold else None
     if not cold:
         page_cache.fill(files)
-    held = _held_device_bytes() if device == "cuda" else None
+    held = _held_bytes(device)
     resident = peak_rss_bytes()
     start = time.perf_counter()
     runtime = open_runtime(path, context=max(prefill, decode + depth, context, 1), threads=threads, device=device)
@@ -89,7 +89,7 @@ def measure(
         found["cached_tokens"] = runtime.cached
         if runtime.cached != depth + decode:
             raise Failed(f"{path}: the cache holds {runtime.cached} tokens after {depth} and {decode} more")
-    now = _held_device_bytes() if held is not None else None
+    now = _held_bytes(device)
     found["device_bytes"] = None if now is None or held is None else now - held
     found["peak_rss_bytes"] = peak_rss_bytes()
     return found
@@ -142,14 +142,17 @@ def _slowed(call: Callable[..., np.ndarray], share: float) -> Callable[..., np.n
     return slowed
 
 
-def _held_device_bytes() -> int | None:
-    """Memory of the first CUDA device that somebody holds, whoever it is; None where neither NVML nor torch tells."""
+def _held_bytes(device: str) -> int | None:
+    """Memory of the first CUDA device that somebody holds, whoever it is; None where neither NVML nor torch tells, and
+    on the CPU.
+    """
+    if device != "cuda":
+        return None
     if find_spec("pynvml") is not None:
         import pynvml
 
         try:
-            pynvml.nvmlInit()
-            return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used)
+            return int(pynvml.nvmlDeviceGetMemoryInfo(first_device()).used)
         except pynvml.NVMLError:
             pass  # no driver that it knows: torch may
     import torch

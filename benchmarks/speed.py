@@ -121,10 +121,10 @@ class _Bench:
             say(f"files lie in memory as they were written or read: {note}")
         seconds, rounds, text = 0.0, 0, "first round"
         stopped: str | None = None
+        errors: list[float] = []
         in_a_round = len(list(self.round(0)))
         with shown("speed") as show:
             while stopped is None:
-                errors = self.errors(measured)
                 for done, (count, run, index) in enumerate(self.round(rounds), 1):
                     name = f"{rounds} {count} {run} {index}"
                     found = self.once(

@@ -116,8 +116,6 @@ def _seconds(value: float | None) -> str:
 
 def _machine(where: Mapping[str, Any]) -> str:
     """Processor, what it computes with, and what ran on it."""
-    sets, versions = (
-        " ".join(where["instruction_sets"]),
-        ", ".join(" ".join(pair) for pair in where["versions"].items()),
-    )
+    sets = " ".join(where["instruction_sets"])
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     return f"{where['cpu']}, {where['physical_cores']} cores; {sets}\n{where['system']}; {versions}"

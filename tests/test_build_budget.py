@@ -15,11 +15,11 @@ from cusprun.anatomy import describe
 from cusprun.benchmarks.profile import Profile, TypeProfile, shape_of
 from cusprun.budget import parse_bytes
 from cusprun.exporters.gguf import export_gguf
+from tests.benchmarks.test_frontier import ROUNDED
 from tests.test_build import QUICK as QUICK_IN_F32
 from tests.test_build import command, run
 
 QUICK = [word for word in QUICK_IN_F32 if word not in ("--quant", "f32")]
-ROUNDED = {"q8_0", "q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "iq3_m", "iq2_m", "auto"}
 MEASURED = [*QUICK[:-1], "--eval-tokens", "1024", "--repetitions", "2"]
 
 

@@ -23,7 +23,7 @@ from cusprun.refit import Form, refit
 from cusprun.sensitivity import measure
 from cusprun.statistics import collect, walk
 from tests import pico
-from tests.test_refit import SEEN, UNSEEN, divergence, twinned
+from tests.test_refit import divergence, repaired_and_sliced, twinned
 
 IDS = np.random.default_rng(5).integers(3, 400, size=(14, 64))
 MODELS: dict[str, dict[str, Any]] = {
@@ -148,10 +148,7 @@ def test_a_refitted_model_is_nearer_to_the_dense_one(tmp_path: Path, folder: Pat
     anatomy = describe(dense)
     full = anatomy.layers[0]
     widths = [LayerWidths(full.ffn * 5 // 8, full.heads, full.kv_heads) for _ in anatomy.layers]
-    plan = refit(dense, anatomy, widths, {"t": SEEN}, tmp_path / "refitted", form=form)
-    compact(dense, plan, tmp_path / "sliced")
-    compact(dense, plan, tmp_path / "expert", refitted=tmp_path / "refitted")
-    repaired, sliced = (divergence(dense, tmp_path / name, UNSEEN) for name in ("expert", "sliced"))
+    _, repaired, sliced = repaired_and_sliced(dense, widths, tmp_path, form)
     assert repaired < 0.5 * sliced
 
 

@@ -14,6 +14,7 @@ from cusprun.anatomy import LayerWidths, describe
 from cusprun.checkpoint import load_model
 from cusprun.compact import compact
 from cusprun.errors import InvalidRequest
+from cusprun.plan import Plan
 from cusprun.refit import Form, refit
 from cusprun.surgeon import choose_columns
 from tests import pico
@@ -43,6 +44,15 @@ IDS = np.random.default_rng(4).integers(3, 400, size=(28, 64))
 SEEN, UNSEEN = IDS[:24], torch.from_numpy(IDS[24:])
 
 
+def repaired_and_sliced(folder: Path, widths: list[LayerWidths], out: Path, form: Form) -> tuple[Plan, float, float]:
+    """The plan of a refit below ``out``, and how far from the dense model refitted and bare slices are on new text."""
+    plan = refit(folder, describe(folder), widths, {"t": SEEN}, out / "refitted", form=form)
+    compact(folder, plan, out / "sliced")
+    compact(folder, plan, out / "expert", refitted=out / "refitted")
+    repaired, sliced = (divergence(folder, out / name, UNSEEN) for name in ("expert", "sliced"))
+    return plan, repaired, sliced
+
+
 @pytest.mark.parametrize("form", ["parallel", "sequential", "joint"])
 @pytest.mark.parametrize("settings", [{}, {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}])
 def test_a_refitted_model_is_nearer_to_the_dense_one(tmp_path: Path, settings: dict[str, object], form: Form) -> None:
@@ -51,11 +61,8 @@ def test_a_refitted_model_is_nearer_to_the_dense_one(tmp_path: Path, settings: d
     anatomy = describe(folder)
     full = anatomy.layers[0]
     widths = [LayerWidths(full.ffn * 5 // 8, full.heads, full.kv_heads) for _ in anatomy.layers]
-    plan = refit(folder, anatomy, widths, {"t": SEEN}, tmp_path / "refitted", form=form)
+    plan, repaired, sliced = repaired_and_sliced(folder, widths, tmp_path, form)
     assert plan.expert.layers == tuple(widths)
-    compact(folder, plan, tmp_path / "sliced")
-    compact(folder, plan, tmp_path / "expert", refitted=tmp_path / "refitted")
-    repaired, sliced = (divergence(folder, tmp_path / name, UNSEEN) for name in ("expert", "sliced"))
     assert repaired < 0.5 * sliced
     moved = {name for name in load_weights(tmp_path / "refitted") if "gate_proj" in name or "up_proj" in name}
     assert len(moved) == (2 * len(anatomy.layers) if form == "joint" else 0)
@@ -104,10 +111,7 @@ def test_heads_that_go_are_made_up_for(tmp_path: Path, form: Form) -> None:
     anatomy = describe(folder)
     full = anatomy.layers[0]
     widths = [LayerWidths(full.ffn, full.heads // 2, full.kv_heads // 2)] * len(anatomy.layers)
-    plan = refit(folder, anatomy, widths, {"t": SEEN}, tmp_path / "refitted", form=form)
-    compact(folder, plan, tmp_path / "sliced")
-    compact(folder, plan, tmp_path / "expert", refitted=tmp_path / "refitted")
-    repaired, sliced = (divergence(folder, tmp_path / name, UNSEEN) for name in ("expert", "sliced"))
+    _, repaired, sliced = repaired_and_sliced(folder, widths, tmp_path, form)
     assert repaired < 0.2 * sliced
 
 
