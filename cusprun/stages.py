@@ -156,11 +156,18 @@ def sole_builder(out: Path) -> Iterator[None]:
 
 
 def sweep(folder: Path) -> None:
-    """Removes what killed processes left half-written below ``folder`` (names that cusprun.files gives)."""
-    for path in [*folder.rglob(".*.part"), *folder.rglob(".*.part.*")]:
-        found = re.fullmatch(r"\..*\.(\d+)\.[0-9a-f]{8}\.part.*", path.name)
-        if found and not psutil.pid_exists(int(found[1])) and path.exists():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                os.unlink(path)
+    """Removes what killed processes left half-written below ``folder`` (names that cusprun.files gives).
+
+    Other processes may be at work there: what disappears meanwhile is none of this one's business.
+    """
+    for at, folders, files in os.walk(folder):  # which passes over folders that have gone
+        for name in [*folders, *files]:
+            found = re.fullmatch(r"\..*\.(\d+)\.[0-9a-f]{8}\.part.*", name)
+            if not found or psutil.pid_exists(int(found[1])):
+                continue
+            path = Path(at, name)
+            with suppress(FileNotFoundError):  # somebody else swept it away
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
