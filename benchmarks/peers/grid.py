@@ -41,6 +41,7 @@ from cusprun.stages import VERSIONS
 PAGE_FIELDS = {"name", "scenario", "labels"}  # that a study's JSON adds to a result
 CONTEXT = 512  # tokens of an evaluation window, as llama-perplexity has them
 REFIT_ALONE = {"sensitivity", "spend", "refit"}  # stages whose change leaves the other methods' results as they are
+WHOLE = 2  # the version of the vocabulary's prices that stands in the keys of cells which keep it whole
 SAME_ORDER = {3: 2}  # versions of the vocabulary's prices whose tokens go in the order of an older one
 AFTER_PRUNE = {
     "model",
@@ -285,7 +286,9 @@ class Grid:
             contents["form"] = "sequential"
         apart = LATER if recipe.method == "refit" else LATER | REFIT_ALONE
         versions = {stage: number for stage, number in VERSIONS.items() if stage not in apart}
-        if recipe.vocab != "auto":  # how many tokens go is given
+        if recipe.vocab == "keep":
+            versions["prices"] = WHOLE
+        elif recipe.vocab != "auto":  # how many tokens go is given
             versions["prices"] = SAME_ORDER.get(versions["prices"], versions["prices"])
         measured = [CONTEXT, self.setup.eval_tokens, self.setup.questions, self.also and self.also[0]]
         selection = selection_key(cell.scene, self.setup.window)

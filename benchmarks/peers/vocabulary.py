@@ -159,6 +159,7 @@ def study(
     if not found["dense"]:
         found["dense"] = {"nats": score(dense.folder, held_out), "bytes": n_bytes}
         write_json(path, found)
+    found["cells"] = [row for row in found["cells"] if row.get("prices", VERSIONS["prices"]) == VERSIONS["prices"]]
     done = {(row["method"], row["removed"]) for row in found["cells"]}
     for removed in removals:
         for method, order in orders.items():
@@ -175,6 +176,7 @@ def study(
                 "texts": {name: compare(nats[name], found["dense"]["nats"][name], n_bytes[name]) for name in nats},
             }
             if method == "expected loss":
+                row["prices"] = VERSIONS["prices"]
                 row["expected"] = float(prices.curve[removed]) / prices.dense_nats
                 row["expected_new_text"] = float(prices.new_text[removed]) / prices.dense_nats
             found["cells"].append(row)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["byte-level BPE", "SentencePiece BPE", "Unigram"]
 SUPPORTED = "byte-level BPE, SentencePiece BPE with byte fallback, Unigram"
+PARTIAL = "PARTIAL"  # stands for the script of bytes that are no whole characters
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 GENERATION = "generation_config.json"
 ID_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_decoder_ids")
@@ -95,6 +97,22 @@ class Pieces:
             return text.replace("\u2581", " ").encode()
 
         return tuple(written(identity, text) for identity, text in enumerate(self.texts))
+
+    @cached_property
+    def scripts(self) -> tuple[str | None, ...]:
+        """The script of each id's first letter as its Unicode name begins (LATIN, CJK, CYRILLIC), (rows,).
+
+        PARTIAL where the bytes are no whole characters; None where there is no letter.
+        """
+
+        def script(written: bytes) -> str | None:
+            try:
+                letters = (character for character in written.decode() if character.isalpha())
+            except UnicodeDecodeError:
+                return PARTIAL
+            return next((unicodedata.name(letter, "?").split()[0] for letter in letters), None)
+
+        return tuple(script(written) for written in self.bytes)
 
     def tokenizer(self, kept: Sequence[int] | None = None) -> Tokenizer:
         """The tokenizer, special tokens' texts read as tokens; with ``kept``, of these ids alone as :meth:`trimmed`.

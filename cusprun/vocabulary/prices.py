@@ -21,7 +21,7 @@ from cusprun.vocabulary.merges import order_removals
 from cusprun.vocabulary.novelty import price_new_text
 from cusprun.vocabulary.pieces import Pieces, read_pieces
 from cusprun.vocabulary.splits import SAMPLE, SplitCosts, measure_splits
-from cusprun.vocabulary.usage import Usage, count_tokens, expected_rates
+from cusprun.vocabulary.usage import EVEN_SHARE, Usage, count_tokens, even_rates, expected_rates
 
 MULTIPLE = 64  # row counts that runtimes like
 
@@ -113,7 +113,7 @@ def price_vocabulary(
     prices = set_prices(pieces, usages, weights, costs)
     new = price_new_text(
         texts, usages, own, originals or {text: text for documents in texts.values() for text in documents}, tokenizer,
-        lambda rest: order_removals(pieces, _price(pieces, rest, weights, costs)),
+        lambda rest: _order(pieces, rest, weights, costs),
         lambda usage: usage.occurrences(costs.again) * _nats(pieces, costs),
     )  # fmt: skip
     if new is None:
@@ -131,12 +131,19 @@ def _price(pieces: Pieces, usages: Mapping[str, Usage], weights: Mapping[str, fl
     return expected_rates(usages, weights, costs.probability, costs.again) * _nats(pieces, costs)
 
 
+def _order(pieces: Pieces, usages: Mapping[str, Usage], weights: Mapping[str, float], costs: SplitCosts) -> np.ndarray:
+    """The order of removal: by the price and, since other text has other rare tokens, what evenly spread ones cost."""
+    pads = np.array([text is None for text in pieces.texts])
+    even = even_rates(usages, weights, pieces.scripts, pads) * _nats(pieces, costs)
+    return order_removals(pieces, (1 - EVEN_SHARE) * _price(pieces, usages, weights, costs) + EVEN_SHARE * even)
+
+
 def set_prices(
     pieces: Pieces, usages: Mapping[str, Usage], weights: Mapping[str, float], costs: SplitCosts
 ) -> VocabularyPrices:
     """The removal order and its curve; no text is told apart as the scenario's own."""
     price = _price(pieces, usages, weights, costs)
-    order = order_removals(pieces, price)
+    order = _order(pieces, usages, weights, costs)
     note = {
         "places": costs.places,
         "mean_nats": costs.mean_nats,

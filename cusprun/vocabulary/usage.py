@@ -3,11 +3,15 @@
 Counting costs tokenizing alone, so it is done over all the text there is. A token that was not seen still has an
 expected count: the dense model's probability of it, averaged over the positions of a sample. On English text that
 entered neither, the two together at equal weight miss fewer tokens than either alone.
+
+Another source of text uses other rare tokens: which of those that were hardly seen it will use, neither tells. In which
+order tokens go is therefore decided by these rates and, at equal weight, by as many tokens spread evenly over the rows
+of the scripts that the text is written in: among rare tokens those go first whose absence costs least.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -16,6 +20,7 @@ import numpy as np
 
 BATCH = 64  # texts tokenized at a time
 MODEL_SHARE = 0.5  # of the expected rate that is the model's
+EVEN_SHARE = 0.5  # of the rate that decides the order that is spread evenly
 STRETCH = 512  # tokens within which a token that comes again is told apart from the first of its kind
 
 
@@ -79,4 +84,24 @@ def expected_rates(
         if probability is not None:
             seen = (1 - MODEL_SHARE) * seen + MODEL_SHARE * probability[name] * (usage.tokens / max(usage.n_bytes, 1))
         rates += weights[name] / total * seen
+    return rates
+
+
+def even_rates(
+    usages: Mapping[str, Usage], weights: Mapping[str, float], scripts: Sequence[str | None], pads: np.ndarray
+) -> np.ndarray:
+    """As many tokens in a byte of text as were counted, spread evenly over the rows, (rows,) float64.
+
+    A row has the weight that its script has among the corpus' tokens with letters, one without letters that of the most
+    frequent script; ``scripts`` (rows,) name them. Rows where ``pads`` (rows,) bool holds are no tokens.
+    """
+    names, script = np.unique([name or "" for name in scripts], return_inverse=True)
+    total = sum(weights.values())
+    rates = np.zeros(len(scripts))
+    for name, usage in usages.items():
+        share = np.bincount(script, weights=usage.counts, minlength=len(names))
+        share[names == ""] = share[names != ""].max(initial=0)
+        even = np.where(pads, 0.0, share[script])
+        if even.any():
+            rates += weights[name] / total * usage.tokens / max(usage.n_bytes, 1) * even / even.sum()
     return rates

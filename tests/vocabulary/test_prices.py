@@ -19,6 +19,7 @@ from cusprun.vocabulary import (
     Usage,
     close,
     count_tokens,
+    even_rates,
     expected_rates,
     load_prices,
     measure_splits,
@@ -67,6 +68,47 @@ def test_expected_rates_mix_corpora_and_the_model() -> None:
     assert np.allclose(found, [0.5 * (0.5 * 0.5 + 0.5 * 0.25), 0.5 * (0.5 * 0.25) + 0.5 * 0.5])
     assert found[0] > 0
     assert found.sum() == pytest.approx(0.5)  # tokens in a byte
+
+
+def test_evenly_spread_tokens_keep_to_the_scripts_of_the_text() -> None:
+    counts = np.array([6, 0, 2, 0, 0, 0])
+    usages = {"a": Usage(counts, counts, 32), "b": Usage(np.zeros(6, dtype=int), np.zeros(6, dtype=int), 0)}
+    scripts = ["LATIN", "LATIN", "GREEK", None, "CJK", None]
+    pads = np.array([False] * 5 + [True])
+    found = even_rates(usages, {"a": 3, "b": 1}, scripts, pads)
+    shares = np.array([0.75, 0.75, 0.25, 0.75, 0, 0])  # a sign as likely as a letter of the most frequent script
+    assert np.allclose(found, 0.75 * 8 / 32 * shares / shares.sum())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scripts_of_tokens(tmp_path: Path, kind: str) -> None:
+    pieces = read_pieces(make(tmp_path / "model", kind))
+    found = dict(zip(pieces.bytes, pieces.scripts, strict=True))
+    assert {"LATIN", None} < set(pieces.scripts)
+    assert found[b"e"] == "LATIN"
+    assert found[b","] is None
+    assert all(script is None for text, script in zip(pieces.texts, pieces.scripts, strict=True) if text is None)
+    if kind != "Unigram":
+        assert found[b"\xc3"] == "PARTIAL"
+
+
+def test_of_tokens_that_were_hardly_seen_the_cheap_ones_go_first(dense: Path) -> None:
+    """What the model expects of them tells less about another text than what their absence costs."""
+    pieces = read_pieces(dense)
+    usages = {"scenario": count_tokens([" ".join(SENTENCES[:2])], load_tokenizer(dense), pieces.rows)}
+    parts = {part for both in pieces.needs.values() for part in both}
+    latin = [number for number in pieces.needs if number not in parts and pieces.scripts[number] == "LATIN"]
+    unseen = np.array([number for number in latin if usages["scenario"].counts[number] == 0])
+    assert len(unseen) > 50
+    nats = np.ones(pieces.rows)
+    nats[unseen[::2]] = 4.0
+    probability = np.full(pieces.rows, 1e-4)
+    probability[unseen[1::2]] = 5e-4
+    costs = SplitCosts(nats, 1.0, {"scenario": probability}, 1, 1.0, 0.0, 1.0, 1)
+    prices = set_prices(pieces, usages, {"scenario": 1.0}, costs)
+    place = {identity: number for number, identity in enumerate(prices.order.tolist())}
+    assert max(place[identity] for identity in unseen[1::2]) < min(place[identity] for identity in unseen[::2])
+    assert (np.diff(prices.curve) >= 0).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
