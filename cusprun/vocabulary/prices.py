@@ -21,7 +21,7 @@ from cusprun.vocabulary.merges import order_removals
 from cusprun.vocabulary.novelty import price_new_text
 from cusprun.vocabulary.pieces import Pieces, read_pieces
 from cusprun.vocabulary.splits import SAMPLE, SplitCosts, measure_splits
-from cusprun.vocabulary.usage import EVEN_SHARE, Usage, count_tokens, even_rates, expected_rates
+from cusprun.vocabulary.usage import PRIOR_SHARE, Usage, count_tokens, expected_rates, prior_rates
 
 MULTIPLE = 64  # row counts that runtimes like
 
@@ -132,10 +132,10 @@ def _price(pieces: Pieces, usages: Mapping[str, Usage], weights: Mapping[str, fl
 
 
 def _order(pieces: Pieces, usages: Mapping[str, Usage], weights: Mapping[str, float], costs: SplitCosts) -> np.ndarray:
-    """The order of removal: by the price and, since other text has other rare tokens, what evenly spread ones cost."""
-    pads = np.array([text is None for text in pieces.texts])
-    even = even_rates(usages, weights, pieces.scripts, pads) * _nats(pieces, costs)
-    return order_removals(pieces, (1 - EVEN_SHARE) * _price(pieces, usages, weights, costs) + EVEN_SHARE * even)
+    """The order of removal: by the price and, since other text has other rare tokens, by what the tokenizer tells."""
+    prior = prior_rates(usages, weights, pieces.prior, pieces.scripts) * _nats(pieces, costs)
+    price = _price(pieces, usages, weights, costs)
+    return order_removals(pieces, (1 - PRIOR_SHARE) * price + PRIOR_SHARE * prior)
 
 
 def set_prices(
