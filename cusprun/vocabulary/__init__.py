@@ -9,7 +9,7 @@ from cusprun.vocabulary.pieces import Pieces, read_pieces
 from cusprun.vocabulary.prices import VocabularyPrices, load_prices, price_vocabulary, set_prices
 from cusprun.vocabulary.splits import SplitCosts, measure_splits
 from cusprun.vocabulary.trim import trim_companions, trim_model
-from cusprun.vocabulary.usage import Usage, count_tokens, expected_rates, prior_rates
+from cusprun.vocabulary.usage import Usage, count_tokens, expected_rates
 
 __all__ = [
     "Pieces",
@@ -23,7 +23,6 @@ __all__ = [
     "measure_splits",
     "order_removals",
     "price_vocabulary",
-    "prior_rates",
     "read_pieces",
     "set_prices",
     "trim_companions",

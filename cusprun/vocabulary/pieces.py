@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
 
 Kind = Literal["byte-level BPE", "SentencePiece BPE", "Unigram"]
 SUPPORTED = "byte-level BPE, SentencePiece BPE with byte fallback, Unigram"
-ZIPF_OFFSET = 100  # added to a rank: the first ones are less frequent than the law has them
-PARTIAL = "PARTIAL"  # stands for the script of bytes that are no whole characters
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 GENERATION = "generation_config.json"
 ID_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_decoder_ids")
@@ -98,41 +95,6 @@ class Pieces:
             return text.replace("\u2581", " ").encode()
 
         return tuple(written(identity, text) for identity, text in enumerate(self.texts))
-
-    @cached_property
-    def prior(self) -> np.ndarray:
-        """How frequent each token that may go was where the tokenizer was learnt, (rows,) float64 of sum 1.
-
-        Unigram's scores say it. BPE learns its merges in the order of their frequency: Zipf's law over their ranks, and
-        over the ids of pieces that no merge makes. 0 for padding and for what has to stay.
-        """
-        found = np.zeros(self.rows)
-        if self.kind == "Unigram":
-            for identity, (_, score) in enumerate(self.state["model"]["vocab"]):
-                found[identity] = np.exp(score)
-        else:
-            ranks = {left + right: rank for rank, (left, right) in reversed(list(enumerate(self.merges)))}
-            for text, identity in self.ids.items():
-                found[identity] = 1 / (ZIPF_OFFSET + ranks.get(text, identity))
-        found[list(self.protected)] = 0
-        total = found.sum()
-        return found / total if total else found
-
-    @cached_property
-    def scripts(self) -> tuple[str | None, ...]:
-        """The script of each id's first letter as its Unicode name begins (LATIN, CJK, CYRILLIC), (rows,).
-
-        PARTIAL where the bytes are no whole characters; None where there is no letter.
-        """
-
-        def script(written: bytes) -> str | None:
-            try:
-                letters = (character for character in written.decode() if character.isalpha())
-            except UnicodeDecodeError:
-                return PARTIAL
-            return next((unicodedata.name(letter, "?").split()[0] for letter in letters), None)
-
-        return tuple(script(written) for written in self.bytes)
 
     def tokenizer(self, kept: Sequence[int] | None = None) -> Tokenizer:
         """The tokenizer, special tokens' texts read as tokens; with ``kept``, of these ids alone as :meth:`trimmed`.

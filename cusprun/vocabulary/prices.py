@@ -21,7 +21,7 @@ from cusprun.vocabulary.merges import order_removals
 from cusprun.vocabulary.novelty import price_new_text
 from cusprun.vocabulary.pieces import Pieces, read_pieces
 from cusprun.vocabulary.splits import SAMPLE, SplitCosts, measure_splits
-from cusprun.vocabulary.usage import PRIOR_SHARE, Usage, count_tokens, expected_rates, prior_rates
+from cusprun.vocabulary.usage import Usage, count_tokens, expected_rates
 
 MULTIPLE = 64  # row counts that runtimes like
 
@@ -113,7 +113,7 @@ def price_vocabulary(
     prices = set_prices(pieces, usages, weights, costs)
     new = price_new_text(
         texts, usages, own, originals or {text: text for documents in texts.values() for text in documents}, tokenizer,
-        lambda rest: _order(pieces, rest, weights, costs),
+        lambda rest: order_removals(pieces, _price(pieces, rest, weights, costs)),
         lambda usage: usage.occurrences(costs.again) * _nats(pieces, costs),
     )  # fmt: skip
     if new is None:
@@ -131,19 +131,12 @@ def _price(pieces: Pieces, usages: Mapping[str, Usage], weights: Mapping[str, fl
     return expected_rates(usages, weights, costs.probability, costs.again) * _nats(pieces, costs)
 
 
-def _order(pieces: Pieces, usages: Mapping[str, Usage], weights: Mapping[str, float], costs: SplitCosts) -> np.ndarray:
-    """The order of removal: by the price and, since other text has other rare tokens, by what the tokenizer tells."""
-    prior = prior_rates(usages, weights, pieces.prior, pieces.scripts) * _nats(pieces, costs)
-    price = _price(pieces, usages, weights, costs)
-    return order_removals(pieces, (1 - PRIOR_SHARE) * price + PRIOR_SHARE * prior)
-
-
 def set_prices(
     pieces: Pieces, usages: Mapping[str, Usage], weights: Mapping[str, float], costs: SplitCosts
 ) -> VocabularyPrices:
     """The removal order and its curve; no text is told apart as the scenario's own."""
     price = _price(pieces, usages, weights, costs)
-    order = _order(pieces, usages, weights, costs)
+    order = order_removals(pieces, price)
     note = {
         "places": costs.places,
         "mean_nats": costs.mean_nats,

@@ -3,16 +3,11 @@
 Counting costs tokenizing alone, so it is done over all the text there is. A token that was not seen still has an
 expected count: the dense model's probability of it, averaged over the positions of a sample. On English text that
 entered neither, the two together at equal weight miss fewer tokens than either alone.
-
-Another source of text uses other rare tokens. Which, the tokenizer knows best: it was learnt from far more text. So the
-order in which tokens go is decided by these rates and, to a lesser part, by the frequencies that its merges or scores
-tell. On six calibration-side sources, each left out of everything that decided and read by the dense model without
-20,480 of its 49,152 tokens, that takes off a seventh of what they cost; docs/pruning-engine.md has the figures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -21,7 +16,6 @@ import numpy as np
 
 BATCH = 64  # texts tokenized at a time
 MODEL_SHARE = 0.5  # of the expected rate that is the model's
-PRIOR_SHARE = 0.2  # of the rate that decides the order that is the tokenizer's
 STRETCH = 512  # tokens within which a token that comes again is told apart from the first of its kind
 
 
@@ -85,25 +79,4 @@ def expected_rates(
         if probability is not None:
             seen = (1 - MODEL_SHARE) * seen + MODEL_SHARE * probability[name] * (usage.tokens / max(usage.n_bytes, 1))
         rates += weights[name] / total * seen
-    return rates
-
-
-def prior_rates(
-    usages: Mapping[str, Usage], weights: Mapping[str, float], prior: np.ndarray, scripts: Sequence[str | None]
-) -> np.ndarray:
-    """As many tokens in a byte of text as were counted, dealt out by ``prior``, (rows,) float64.
-
-    ``prior`` (rows,) is how frequent each token was where the tokenizer was learnt. It counts for as much as a token's
-    script, which ``scripts`` (rows,) name, has of the corpus' tokens with letters; tokens without letters as those of
-    the most frequent script.
-    """
-    names, script = np.unique([name or "" for name in scripts], return_inverse=True)
-    total = sum(weights.values())
-    rates = np.zeros(len(scripts))
-    for name, usage in usages.items():
-        share = np.bincount(script, weights=usage.counts, minlength=len(names))
-        share[names == ""] = share[names != ""].max(initial=0)
-        dealt = prior * share[script]
-        if dealt.any():
-            rates += weights[name] / total * usage.tokens / max(usage.n_bytes, 1) * dealt / dealt.sum()
     return rates

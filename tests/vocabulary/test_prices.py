@@ -24,7 +24,6 @@ from cusprun.vocabulary import (
     measure_splits,
     order_removals,
     price_vocabulary,
-    prior_rates,
     read_pieces,
     set_prices,
     trim_model,
@@ -68,64 +67,6 @@ def test_expected_rates_mix_corpora_and_the_model() -> None:
     assert np.allclose(found, [0.5 * (0.5 * 0.5 + 0.5 * 0.25), 0.5 * (0.5 * 0.25) + 0.5 * 0.5])
     assert found[0] > 0
     assert found.sum() == pytest.approx(0.5)  # tokens in a byte
-
-
-def test_what_the_tokenizer_tells_keeps_to_the_scripts_of_the_text() -> None:
-    counts = np.array([6, 0, 2, 0, 0, 0])
-    usages = {"a": Usage(counts, counts, 32), "b": Usage(np.zeros(6, dtype=int), np.zeros(6, dtype=int), 0)}
-    scripts = ["LATIN", "LATIN", "GREEK", None, "CJK", None]
-    prior = np.array([0.4, 0.2, 0.1, 0.2, 0.1, 0.0])
-    found = prior_rates(usages, {"a": 3, "b": 1}, prior, scripts)
-    dealt = prior * np.array([0.75, 0.75, 0.25, 0.75, 0, 0.75])  # a sign as likely as the most frequent script
-    assert np.allclose(found, 0.75 * 8 / 32 * dealt / dealt.sum())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_tokenizer_tells_how_frequent_its_tokens_were(tmp_path: Path, kind: str) -> None:
-    pieces = read_pieces(make(tmp_path / "model", kind))
-    assert pieces.prior.shape == (pieces.rows,)
-    assert pieces.prior.sum() == pytest.approx(1)
-    assert not pieces.prior[[number for number, text in enumerate(pieces.texts) if text is None]].any()
-    assert not pieces.prior[list(pieces.protected)].any()
-    free = [identity for identity in pieces.removable if pieces.texts[identity] is not None]
-    assert (pieces.prior[free] > 0).all()
-    if kind == "Unigram":
-        one, other = free[0], free[-1]
-        scores = [score for _, score in pieces.state["model"]["vocab"]]
-        assert np.log(pieces.prior[one] / pieces.prior[other]) == pytest.approx(scores[one] - scores[other])
-    else:
-        made = [pieces.ids[left + right] for left, right in pieces.merges if pieces.ids[left + right] in free]
-        assert (np.diff(pieces.prior[list(dict.fromkeys(made))]) < 0).all()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_scripts_of_tokens(tmp_path: Path, kind: str) -> None:
-    pieces = read_pieces(make(tmp_path / "model", kind))
-    found = dict(zip(pieces.bytes, pieces.scripts, strict=True))
-    assert {"LATIN", None} < set(pieces.scripts)
-    assert found[b"e"] == "LATIN"
-    assert found[b","] is None
-    assert all(script is None for text, script in zip(pieces.texts, pieces.scripts, strict=True) if text is None)
-    if kind != "Unigram":
-        assert found[b"\xc3"] == "PARTIAL"
-
-
-def test_of_tokens_that_were_not_seen_the_later_merge_goes_first(dense: Path) -> None:
-    """Neither counts nor what the model expects tell them apart as well as how early the tokenizer learnt them."""
-    pieces = read_pieces(dense)
-    usages = {"scenario": count_tokens([" ".join(SENTENCES[:2])], load_tokenizer(dense), pieces.rows)}
-    parts = {part for both in pieces.needs.values() for part in both}
-    latin = [number for number in pieces.needs if number not in parts and pieces.bytes[number].strip().isalpha()]
-    unseen = np.array([number for number in latin if usages["scenario"].counts[number] == 0])
-    assert len(unseen) > 50
-    rising = np.linspace(1, 1.01, pieces.rows)  # the model has later ones a little more often
-    expected = {"scenario": rising / rising.sum()}
-    costs = SplitCosts(np.ones(pieces.rows), 1.0, expected, 1, 1.0, 0.0, 1.0, 1)
-    prices = set_prices(pieces, usages, {"scenario": 1.0}, costs)
-    place = {identity: number for number, identity in enumerate(prices.order.tolist())}
-    by_prior = sorted(unseen.tolist(), key=lambda identity: pieces.prior[identity])
-    assert [place[identity] for identity in by_prior] == sorted(place[identity] for identity in by_prior)
-    assert (np.diff(prices.curve) >= 0).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
