@@ -29,6 +29,9 @@ def test_every_way_to_choose_reads_the_same_bytes_and_the_study_goes_on(tmp_path
     first = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
     assert {(row["method"], row["removed"]) for row in first["cells"]} == {(method, 32) for method in METHODS}
     assert set(first["dense"]["bytes"]) == {"scenario", "domain", "general"}
+    cells = [{**row, "prices": 0, "share": -1.0} if "prices" in row else row for row in first["cells"]]
+    assert cells != first["cells"]  # one whose tokens went by other prices
+    out.with_suffix(".json").write_text(json.dumps({**first, "cells": cells}))
     done = subprocess.run([*command, "64"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert sum(first["weights"].values()) == pytest.approx(1, abs=1e-3)
