@@ -43,14 +43,23 @@ def encode(document: Document, tokenizer: Any) -> list[int]:
     return ids
 
 
+Piece = tuple[str, int]  # id of a document and the token of it that comes first
+
+
 def pack_windows(
-    documents: Sequence[Document | WeightedDocument], tokenizer: Any, tokens: int, window: int, seed: int
+    documents: Sequence[Document | WeightedDocument],
+    tokenizer: Any,
+    tokens: int,
+    window: int,
+    seed: int,
+    dealt: set[Piece] | None = None,
 ) -> np.ndarray:
     """Joins documents and cuts them into windows of exactly ``window`` tokens, about ``tokens`` in all.
 
     Returns int64 (n, window), n = tokens // window or what the text gives. Each entry gets its weight's share of the
     tokens (entries of plain documents share alike; what a small entry cannot give goes to the others). Long documents
-    give one piece at a time, from a place that the seed chooses. The same arguments give the same windows. Raises
+    give one piece at a time, from a place that the seed chooses. What is in ``dealt``, which other corpora have taken,
+    comes after all else of its entry, and what is taken here joins it. The same arguments give the same windows. Raises
     InvalidRequest where the text gives fewer than four windows.
     """
     if window < 2 or tokens < window * FEWEST:
@@ -61,7 +70,11 @@ def pack_windows(
         document, weight = (item.document, item.weight) if isinstance(item, WeightedDocument) else (item, 1.0)
         by_entry.setdefault(document.entry, []).append(document)
         weights[document.entry] = weight
-    supplies = {name: _pieces(group, tokenizer, 2 * window, f"{seed}/{name}") for name, group in by_entry.items()}
+    dealt = set() if dealt is None else dealt
+    supplies = {
+        name: _pieces(group, tokenizer, 2 * window, f"{seed}/{name}", frozenset(dealt))
+        for name, group in by_entry.items()
+    }
     given = dict.fromkeys(supplies, 0)
     stream: list[int] = []
     wanted = tokens // window * window
@@ -71,8 +84,10 @@ def pack_windows(
         if piece is None:
             del supplies[name]
             continue
-        stream.extend(piece)
-        given[name] += len(piece)
+        place, ids = piece
+        stream.extend(ids)
+        given[name] += len(ids)
+        dealt.add(place)
     count = min(len(stream), wanted) // window
     if count < FEWEST:
         raise InvalidRequest(
@@ -85,17 +100,28 @@ def pack_windows(
     return windows[order]
 
 
-def _pieces(documents: Sequence[Document], tokenizer: Any, length: int, seed: str) -> Iterator[list[int]]:
-    """One piece of each document in shuffled order, then what is left of the long ones; tokenized when asked for."""
+def _pieces(
+    documents: Sequence[Document], tokenizer: Any, length: int, seed: str, dealt: frozenset[Piece]
+) -> Iterator[tuple[Piece, list[int]]]:
+    """One piece of each document in shuffled order, then what is left of the long ones, then those ``dealt`` before;
+    tokenized when asked for.
+    """
     chance = random.Random(seed)
     order = sorted(documents, key=lambda document: document.id)
     chance.shuffle(order)
-    left: list[list[int]] = []
+    left: list[tuple[Piece, list[int]]] = []
+    again: list[tuple[Piece, list[int]]] = []
     for document in order:
         ids = encode(document, tokenizer)
-        pieces = [ids[start : start + length] for start in range(0, len(ids), length)]
+        pieces = [((document.id, start), ids[start : start + length]) for start in range(0, len(ids), length)]
         if pieces:
-            yield pieces.pop(chance.randrange(len(pieces)))
+            first = pieces.pop(chance.randrange(len(pieces)))
             left.extend(pieces)
+            if first[0] in dealt:
+                again.append(first)
+            else:
+                yield first
     chance.shuffle(left)
-    yield from left
+    yield from (piece for piece in left if piece[0] not in dealt)
+    again += [piece for piece in left if piece[0] in dealt]
+    yield from again

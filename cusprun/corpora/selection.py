@@ -18,7 +18,7 @@ import numpy as np
 from cusprun.corpora.catalog import cell, load_catalog
 from cusprun.corpora.document import Document, OwnText, Question, Scenario, WeightedDocument, fingerprint
 from cusprun.corpora.library import OWN_SIDES
-from cusprun.corpora.packing import FEWEST, pack_windows, render
+from cusprun.corpora.packing import FEWEST, Piece, pack_windows, render
 from cusprun.corpora.parsers import VERSION
 from cusprun.corpora.sampling import dimension_corpora, evaluation_texts, general_text, own_name, questions
 from cusprun.errors import InvalidRequest
@@ -124,10 +124,13 @@ class Selection:
     def windows(self, tokenizer: Any) -> dict[str, np.ndarray]:
         """Calibration windows by dimension, (n, window) int64 each.
 
-        Raises InvalidRequest where the text is too short.
+        A text that belongs to several dimensions is in the windows of one of them where there is enough of others: what
+        is fitted sees more text, and what judges it has not been fitted. Raises InvalidRequest where the text is too
+        short.
         """
+        dealt: set[Piece] = set()
         return {
-            name: pack_windows(_used(self.corpora[name], aside=False), tokenizer, tokens, self.window, self.seed)
+            name: pack_windows(_used(self.corpora[name], aside=False), tokenizer, tokens, self.window, self.seed, dealt)
             for name, tokens in self.shares(list(self.corpora)).items()
         }
 

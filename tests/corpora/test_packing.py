@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from cusprun.corpora.document import Document, WeightedDocument, fingerprint
-from cusprun.corpora.packing import encode, pack_windows, render
+from cusprun.corpora.packing import Piece, encode, pack_windows, render
 from cusprun.errors import InvalidRequest
 from cusprun.runtimes import Message
 from tests.pico import SENTENCES, save_tokenizer
@@ -79,6 +80,34 @@ def test_no_entry_swamps_the_others(tokenizer: Any) -> None:
     assert 0.25 < share < 0.75
     only_large = pack_windows([*large, *small[:2]], tokenizer, 4096, 64, seed=0)
     assert only_large.shape == windows.shape  # what the small entry cannot give goes to the large one
+
+
+def windows_of(text: np.ndarray, length: int = 16) -> set[bytes]:
+    """Every run of ``length`` tokens within a window."""
+    return {row[start : start + length].tobytes() for row in text for start in range(len(row) - length + 1)}
+
+
+def scrambled(number: int) -> Document:
+    """A document that has no run of words with another one in common."""
+    words = " ".join(SENTENCES).split()
+    return Document(f"a/{number}", " ".join(random.Random(number).choices(words, k=80)), "a", "en", "legal", None)
+
+
+def test_corpora_that_share_documents_take_different_ones(tokenizer: Any) -> None:
+    documents = [scrambled(number) for number in range(80)]
+    dealt: set[Piece] = set()
+    first, second = (pack_windows(documents, tokenizer, 2048, 64, 0, dealt) for _ in range(2))
+    assert not windows_of(first) & windows_of(second)
+    assert np.array_equal(first, pack_windows(documents, tokenizer, 2048, 64, 0))
+
+
+def test_what_others_took_comes_again_where_there_is_no_other_text(tokenizer: Any) -> None:
+    documents = [scrambled(number) for number in range(40)]
+    dealt: set[Piece] = set()
+    first, second = (pack_windows(documents, tokenizer, 3000, 128, 3, dealt) for _ in range(2))
+    assert first.shape == second.shape  # each takes more than half of the text
+    both = windows_of(first) & windows_of(second)
+    assert 0 < len(both) < len(windows_of(first))
 
 
 def test_too_little_text_says_how_many_tokens_there_were(tokenizer: Any) -> None:
