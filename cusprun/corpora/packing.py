@@ -122,6 +122,4 @@ def _pieces(
             else:
                 yield first
     chance.shuffle(left)
-    yield from (piece for piece in left if piece[0] not in dealt)
-    again += [piece for piece in left if piece[0] in dealt]
-    yield from again
+    yield from sorted([*again, *left], key=lambda piece: piece[0] in dealt)
