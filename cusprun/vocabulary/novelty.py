@@ -11,10 +11,12 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from cusprun.progress import track
 from cusprun.vocabulary.usage import Usage, count_tokens
 
 FOLDS = 8
@@ -59,30 +61,34 @@ def price_new_text(
     own: Collection[str],
     originals: Mapping[str, str],
     tokenizer: Any,
-    order_by: Callable[[Mapping[str, Usage]], np.ndarray],
+    order_by: Callable[[Mapping[str, Usage], Callable[[str], bool]], np.ndarray | None],
     cost: Callable[[Usage], np.ndarray],
 ) -> NewText | None:
     """Each fold of ``own`` pays for the order by the rest; None where there is too little of it to tell.
 
-    ``usages`` count ``texts`` by corpus; ``order_by`` gives the order of removal by such counts, ``cost`` the nats that
-    each token's absence adds to what a usage counts, (rows,).
+    ``usages`` count ``texts`` by corpus; ``order_by`` gives the order of removal by such counts and without the texts
+    that its function tells to leave out, None where they are all there is; ``cost`` the nats that each token's absence
+    adds to what a usage counts, (rows,).
     """
     folds = deal(own, originals)
     rows = next(iter(usages.values())).counts.shape[0]
 
-    def fold_of(text: str) -> int | None:
-        return folds.get(originals[text], folds.get(text))
+    def is_in(fold: int, text: str) -> bool:
+        return folds.get(originals[text], folds.get(text)) == fold
 
     curves, tokens, n_bytes = [], 0, 0
-    for fold in sorted(set(folds.values())):
+    for fold in track(sorted(set(folds.values())), "what new text costs, fold by fold"):
+        left_out = partial(is_in, fold)
         rest = {
-            name: usage - count_tokens((text for text in texts[name] if fold_of(text) == fold), tokenizer, rows)
-            for name, usage in usages.items()
+            name: usage - count_tokens(filter(left_out, texts[name]), tokenizer, rows) for name, usage in usages.items()
         }
         if not all(usage.tokens for usage in rest.values()):
             continue  # a corpus of this fold alone
-        new = count_tokens((text for text in own if fold_of(text) == fold), tokenizer, rows)
-        curves.append(np.concatenate([[0.0], np.cumsum(cost(new)[order_by(rest)])]))
+        order = order_by(rest, left_out)
+        if order is None:
+            continue
+        new = count_tokens(filter(left_out, own), tokenizer, rows)
+        curves.append(np.concatenate([[0.0], np.cumsum(cost(new)[order])]))
         tokens, n_bytes = tokens + new.tokens, n_bytes + new.n_bytes
     if not n_bytes:
         return None

@@ -7,7 +7,7 @@ that is what a smaller vocabulary costs.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -109,12 +109,19 @@ def price_vocabulary(
     tokenizer = load_tokenizer(folder)
     usages = {name: count_tokens(documents, tokenizer, pieces.rows) for name, documents in texts.items()}
     counted = expected_rates(usages, weights)
-    costs = measure_splits(folder, pieces, texts, counted, tokens=tokens, seed=seed, device=device)
+    splits = measure_splits(folder, pieces, texts, counted, tokens=tokens, seed=seed, device=device)
+    costs = splits.costs(counted)
+    if costs is None:
+        raise InvalidRequest("the text is too short to tell what a missing token costs: give more, or --vocab keep")
     prices = set_prices(pieces, usages, weights, costs)
+
+    def order_by(rest: Mapping[str, Usage], left_out: Callable[[str], bool]) -> np.ndarray | None:
+        known = splits.costs(expected_rates(rest, weights), left_out)
+        return None if known is None else order_removals(pieces, _price(pieces, rest, weights, known))
+
     new = price_new_text(
         texts, usages, own, originals or {text: text for documents in texts.values() for text in documents}, tokenizer,
-        lambda rest: order_removals(pieces, _price(pieces, rest, weights, costs)),
-        lambda usage: usage.occurrences(costs.again) * _nats(pieces, costs),
+        order_by, lambda usage: usage.occurrences(costs.again) * _nats(pieces, costs),
     )  # fmt: skip
     if new is None:
         return prices

@@ -10,7 +10,7 @@ been read in pieces before, its pieces cost the model far less: that share is me
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cusprun.anatomy import describe
-from cusprun.errors import InvalidRequest
 from cusprun.layerwise import LayerwiseModel
 from cusprun.progress import track
 from cusprun.vocabulary.merges import close
@@ -66,6 +65,63 @@ class _Place:
     again: bool
 
 
+@dataclass(frozen=True)
+class _Window:
+    """What the dense model made of one window of a document: its splits, and the nats that belong to none of them.
+
+    ``probability`` (rows,) is the sum over the window's ``positions`` that are scored; ``nats`` over ``n_bytes`` are
+    those of the text as it is.
+    """
+
+    corpus: str
+    document: str
+    places: list[_Place]
+    surplus: float
+    probability: np.ndarray
+    positions: int
+    nats: float
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What was seen where tokens fell into pieces, window by window."""
+
+    pieces: Pieces
+    corpora: Sequence[str]
+    windows: list[_Window]
+    tokens: int  # through the model
+
+    def costs(self, rates: np.ndarray, without: Callable[[str], bool] | None = None) -> SplitCosts | None:
+        """What the windows tell, but those of documents for which ``without`` holds.
+
+        ``rates`` (rows,) say how frequent each token is. None where this takes all windows of a corpus, or no token is
+        left that falls into pieces.
+        """
+        left = [window for window in self.windows if without is None or not without(window.document)]
+        places = [place for window in left for place in window.places]
+        emptied = {window.corpus for window in self.windows} - {window.corpus for window in left}
+        if emptied or all(place.again for place in places):
+            return None
+        probability = {}
+        for name in self.corpora:
+            its = [window for window in left if window.corpus == name]
+            summed = sum((window.probability for window in its), np.zeros(self.pieces.rows))
+            probability[name] = summed / max(sum(window.positions for window in its), 1)
+        surplus = sum(window.surplus for window in left) / len(places)
+        nats = np.array([place.nats for place in places]) + surplus
+        again = np.array([place.again for place in places])
+        observed, repeated = nats[~again], nats[again]
+        share = float(np.clip(repeated.mean() / observed.mean(), 0, 1)) if len(repeated) >= FEWEST else AGAIN
+        inputs = _properties(self.pieces, rates, _spellings(self.pieces, rates))
+        seen = np.array([place.token for place in places])[~again]
+        fitted, explained = _fit(inputs[seen], observed, inputs)
+        dense_nats = sum(window.nats for window in left) / max(sum(window.n_bytes for window in left), 1)
+        return SplitCosts(
+            fitted, share, probability, len(places), float(observed.mean()), explained, dense_nats, self.tokens
+        )
+
+
 def measure_splits(
     folder: Path,
     pieces: Pieces,
@@ -75,10 +131,10 @@ def measure_splits(
     tokens: int = SAMPLE,
     seed: int = 0,
     device: str = "cpu",
-) -> SplitCosts:
+) -> Splits:
     """Scores windows of ``texts`` (documents by corpus, equal shares) with the dense model in ``folder``.
 
-    ``rates`` (rows,) say how frequent each token is. Raises InvalidRequest where the texts hold no window.
+    ``rates`` (rows,) say how frequent each token is.
     """
     import torch
 
@@ -87,52 +143,36 @@ def measure_splits(
     dense, trimmed = pieces.tokenizer(), pieces.tokenizer(kept)
     rare = np.ones(pieces.rows)
     rare[kept] = 0
-    windows = {
-        name: _choose(documents, dense, rare, tokens // (2 * len(texts)), chance) for name, documents in texts.items()
-    }
     old = np.array(kept)
     rivals = torch.tensor(old, device=device)
-    probability = {name: np.zeros(pieces.rows) for name in texts}
     size = max(1, LOGITS // (pieces.rows * CHARACTERS // 3))
-    batches: list[tuple[str, list[list[int]], list[list[int]]]] = []  # corpus, as it is spelled, as it would be
-    for name, cut in windows.items():
+    # corpus, documents, their windows as they are spelled, as they would be
+    batches: list[tuple[str, list[str], list[list[int]], list[list[int]]]] = []
+    for name, documents in texts.items():
+        cut = _choose(documents, dense, rare, tokens // (2 * len(texts)), chance)
         for start in range(0, len(cut), size):
-            batch = cut[start : start + size]
+            of = [document for document, _ in cut[start : start + size]]
+            batch = [window for _, window in cut[start : start + size]]
             whole = [encoding.ids for encoding in dense.encode_batch(batch, add_special_tokens=False)]
             split = [old[encoding.ids].tolist() for encoding in trimmed.encode_batch(batch, add_special_tokens=False)]
-            batches.append((name, whole, split))
+            batches.append((name, of, whole, split))
     model = LayerwiseModel(folder, describe(folder), device, fast=True)
-    states = _read(model, [_padded(side) for _, *sides in batches for side in sides])
-    places: list[_Place] = []
-    positions = dict.fromkeys(texts, 0)
-    spent, surplus, dense_nats, n_bytes = 0, 0.0, 0.0, 0
+    states = _read(model, [_padded(side) for _, _, *sides in batches for side in sides])
+    windows: list[_Window] = []
+    spent = 0
     with model.head() as head:
-        for number, (name, whole, split) in enumerate(batches):
+        for number, (name, of, whole, split) in enumerate(batches):
             spent += sum(map(len, whole)) + sum(map(len, split))
             before, summed = _losses(head, states[2 * number], whole, None)
             after, _ = _losses(head, states[2 * number + 1], split, rivals)
-            probability[name] += summed
-            positions[name] += sum(len(ids) - WARM for ids in whole)
-            for one, other, nats_one, nats_other in zip(whole, split, before, after, strict=True):
-                found, left = _compare(pieces, one, other, nats_one, nats_other)
-                places += found
-                surplus += left
-                dense_nats += float(nats_one.sum())
-                n_bytes += sum(len(pieces.bytes[identity]) for identity in one[1:])
-    for name in texts:
-        probability[name] /= max(positions[name], 1)
-    if not places:
-        raise InvalidRequest("the text is too short to tell what a missing token costs: give more, or --vocab keep")
-    nats = np.array([place.nats for place in places]) + surplus / len(places)
-    again = np.array([place.again for place in places])
-    observed, repeated = nats[~again], nats[again]
-    share = float(np.clip(repeated.mean() / observed.mean(), 0, 1)) if len(repeated) >= FEWEST else AGAIN
-    spelled = _spellings(pieces, rates)
-    inputs = _properties(pieces, rates, spelled)
-    seen = np.array([place.token for place in places])[~again]
-    fitted, explained = _fit(inputs[seen], observed, inputs)
-    mean = float(observed.mean())
-    return SplitCosts(fitted, share, probability, len(places), mean, explained, dense_nats / max(n_bytes, 1), spent)
+            for document, one, other, nats_one, nats_other, probability in zip(
+                of, whole, split, before, after, summed, strict=True
+            ):
+                places, surplus = _compare(pieces, one, other, nats_one, nats_other)
+                n_bytes = sum(len(pieces.bytes[identity]) for identity in one[1:])
+                nats = float(nats_one.sum())
+                windows.append(_Window(name, document, places, surplus, probability, len(one) - WARM, nats, n_bytes))
+    return Splits(pieces, list(texts), windows, spent)
 
 
 def _leave_out(pieces: Pieces, rates: np.ndarray, chance: random.Random) -> list[int]:
@@ -146,15 +186,17 @@ def _leave_out(pieces: Pieces, rates: np.ndarray, chance: random.Random) -> list
 
 def _choose(
     documents: Sequence[str], tokenizer: Any, rare: np.ndarray, tokens: int, chance: random.Random
-) -> list[str]:
-    """Windows of about CHARACTERS with ``tokens`` tokens in all; of CANDIDATES drawn, the one with most rare ones."""
+) -> list[tuple[str, str]]:
+    """Documents and windows of them of about CHARACTERS, with ``tokens`` tokens in all; of CANDIDATES drawn, the one
+    with most rare ones.
+    """
     starts = [
         (number, start)
         for number, document in enumerate(documents)
         for start in range(0, len(document) - CHARACTERS // 2, CHARACTERS)
     ]
     chance.shuffle(starts)
-    chosen: list[str] = []
+    chosen: list[tuple[str, str]] = []
     given = 0
     while starts and given < tokens:
         places, starts = starts[:CANDIDATES], starts[CANDIDATES:]
@@ -162,7 +204,7 @@ def _choose(
         ids = [encoding.ids for encoding in tokenizer.encode_batch(drawn, add_special_tokens=False)]
         best = max(range(len(drawn)), key=lambda index: float(rare[ids[index]].sum()))
         if len(ids[best]) > 2 * WARM:
-            chosen.append(drawn[best])
+            chosen.append((documents[places[best][0]], drawn[best]))
             given += len(ids[best])
         starts += places[:best] + places[best + 1 :]  # a short text is used up in the end
     return chosen
@@ -196,9 +238,10 @@ def _read(model: LayerwiseModel, batches: Sequence[np.ndarray]) -> list[torch.Te
 
 def _losses(
     head: Any, states: torch.Tensor, sequences: Sequence[Sequence[int]], rivals: torch.Tensor | None
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """-ln p of each token but the first given those before it, (length - 1,) each, and the sum of the probabilities of
-    every token over the positions from WARM on, (rows,). With ``rivals`` the softmax runs over these alone.
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """-ln p of each token but the first given those before it, (length - 1,) for each sequence, and the sum of the
+    probabilities of every token over its positions from WARM on, (rows,). With ``rivals`` the softmax runs over these
+    alone, and no probabilities are summed.
     """
     import torch
 
@@ -209,12 +252,11 @@ def _losses(
         norm = torch.logsumexp(reached, dim=-1)
         chosen = logits[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
         nats = (norm[:, :-1] - chosen).double().cpu().numpy()
-        mean = torch.zeros(logits.shape[-1], dtype=torch.float64)
-        if rivals is None:
-            for row, sequence in enumerate(sequences):
-                scored = logits[row, WARM : len(sequence)]
-                mean += torch.exp(scored - norm[row, WARM : len(sequence), None]).sum(0).double().cpu()
-    return [nats[row, : len(sequence) - 1] for row, sequence in enumerate(sequences)], mean.numpy()
+        summed = []
+        for row, sequence in enumerate(sequences if rivals is None else ()):
+            scored = logits[row, WARM : len(sequence)]
+            summed.append(torch.exp(scored - norm[row, WARM : len(sequence), None]).sum(0).cpu().numpy())
+    return [nats[row, : len(sequence) - 1] for row, sequence in enumerate(sequences)], summed
 
 
 def _compare(

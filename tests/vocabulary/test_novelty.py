@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cusprun.checkpoint import load_tokenizer
-from cusprun.vocabulary import Usage, count_tokens, expected_rates, order_removals, price_vocabulary, read_pieces
+from cusprun.vocabulary import (
+    Usage,
+    count_tokens,
+    expected_rates,
+    measure_splits,
+    order_removals,
+    price_vocabulary,
+    read_pieces,
+)
 from cusprun.vocabulary.novelty import FOLDS, deal, price_new_text
 from tests.vocabulary.tokenizers_made import DECLARATION, make
 
@@ -55,8 +64,14 @@ def test_every_fold_pays_for_the_order_of_what_is_left_without_its_originals(den
     usages = {name: count_tokens(documents, tokenizer, pieces.rows) for name, documents in texts.items()}
     nats = 0.5 + np.random.default_rng(0).random(pieces.rows)
 
-    def order_by(counted: dict[str, Usage]) -> np.ndarray:
+    def order_of(counted: Mapping[str, Usage]) -> np.ndarray:
         return order_removals(pieces, expected_rates(counted, dict.fromkeys(texts, 1.0)) * nats)
+
+    left_out = []
+
+    def order_by(counted: Mapping[str, Usage], is_left_out: Callable[[str], bool]) -> np.ndarray:
+        left_out.append({text for text in originals if is_left_out(text)})
+        return order_of(counted)
 
     def occurrences(documents: list[str]) -> np.ndarray:
         return count_tokens(documents, tokenizer, pieces.rows).occurrences(0.5) * nats
@@ -75,11 +90,60 @@ def test_every_fold_pays_for_the_order_of_what_is_left_without_its_originals(den
         }
         for total, left in ((expected, without), (leaking, {**without, "task": summaries}), (seen, texts)):
             counted = {corpus: count_tokens(each, tokenizer, pieces.rows) for corpus, each in left.items()}
-            total[1:] += np.cumsum(new[order_by(counted)])
+            total[1:] += np.cumsum(new[order_of(counted)])
+    assert sorted(map(sorted, left_out)) == sorted(
+        sorted(text for text in originals if originals[text] == name)
+        for name in set(originals.values()) - {"declaration"}
+    )
     assert found.curve == pytest.approx(expected / found.n_bytes)
     places = [len(expected) // 2, len(expected) * 3 // 4]
     assert (expected[places] > 1.05 * leaking[places]).all()
     assert (leaking[places] > 1.05 * seen[places]).all()
+
+
+def test_the_splits_of_a_fold_are_not_known_to_the_order_it_pays_for(dense: Path) -> None:
+    """What a build asks, put together by hand: once from the other originals' splits alone, once from all of them."""
+    pieces, tokenizer = read_pieces(dense), load_tokenizer(dense)
+    words = [word for language in DECLARATION for word in DECLARATION[language].split()]
+    own = [f"{' '.join(words[start : start + 10])} " * 12 for start in range(0, 80, 10)]
+    weights = {"scenario": 1.0}
+    usages = {"scenario": count_tokens(own, tokenizer, pieces.rows)}
+    rates = expected_rates(usages, weights)
+    splits = measure_splits(dense, pieces, {"scenario": own}, rates, tokens=1500)
+    everything = splits.costs(rates)
+    assert everything is not None
+    curves = []
+    for leave_out in (True, False):
+        total = np.zeros(1)
+        for text in own:
+            rest = {"scenario": count_tokens([each for each in own if each != text], tokenizer, pieces.rows)}
+            rest_rates = expected_rates(rest, weights)
+            known = splits.costs(rest_rates, text.__eq__ if leave_out else None)
+            assert known is not None
+            price = expected_rates(rest, weights, known.probability, known.again) * known.nats
+            price[[each is None for each in pieces.texts]] = 0
+            new = count_tokens([text], tokenizer, pieces.rows).occurrences(everything.again) * everything.nats
+            total = total + np.concatenate([[0.0], np.cumsum(new[order_removals(pieces, price)])])
+        curves.append(total / sum(len(text.encode()) for text in own))
+    found = price_vocabulary(dense, {"scenario": own}, weights, own=own, tokens=1500).new_text
+    assert found == pytest.approx(curves[0])
+    assert found != pytest.approx(curves[1])
+
+
+def test_a_fold_that_is_all_there_is_pays_nothing(dense: Path) -> None:
+    pieces, tokenizer = read_pieces(dense), load_tokenizer(dense)
+    own = [DECLARATION[language] for language in DECLARATION]
+    usages = {"scenario": count_tokens(own, tokenizer, pieces.rows)}
+    found = price_new_text(
+        {"scenario": own},
+        usages,
+        own,
+        {text: text for text in own},
+        tokenizer,
+        lambda *_: None,
+        lambda usage: usage.counts,
+    )
+    assert found is None
 
 
 def test_words_of_one_original_alone_are_dear_to_the_next(dense: Path) -> None:

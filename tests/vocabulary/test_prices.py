@@ -28,7 +28,7 @@ from cusprun.vocabulary import (
     set_prices,
     trim_model,
 )
-from cusprun.vocabulary.splits import WARM, _compare, _fit, _losses, _padded, _read
+from cusprun.vocabulary.splits import WARM, Splits, _compare, _fit, _losses, _padded, _read
 from cusprun.vocabulary.usage import STRETCH
 from tests.pico import SENTENCES, save_model
 from tests.vocabulary.tokenizers_made import DECLARATION, KINDS, make
@@ -127,16 +127,14 @@ def test_losses_are_those_of_the_model_alone(dense: Path) -> None:
     layers = LayerwiseModel(dense, describe(dense))
     (states,) = _read(layers, [_padded(sequences)])
     with layers.head() as head:
-        found, mean = _losses(head, states, sequences, None)
+        found, summed = _losses(head, states, sequences, None)
     assert len(sequences[0]) != len(sequences[1])  # one of them is padded
-    expected = np.zeros(len(mean))
-    for ids, nats in zip(sequences, found, strict=True):
+    for ids, nats, probability in zip(sequences, found, summed, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([ids])).logits[0]
         alone = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="none")
         assert np.allclose(nats, alone.numpy(), atol=1e-4)
-        expected += torch.softmax(logits[WARM:], -1).sum(0).numpy()
-    assert np.allclose(mean, expected, atol=1e-4)
+        assert np.allclose(probability, torch.softmax(logits[WARM:], -1).sum(0).numpy(), atol=1e-4)
     rivals = torch.arange(0, describe(dense).vocab_size, 2)
     even = [[identity - identity % 2 for identity in sequences[0]]]
     (states,) = _read(layers, [_padded(even)])
@@ -212,10 +210,40 @@ def test_from_texts_to_a_trimmed_folder(tmp_path: Path, kind: str) -> None:
     assert describe(dense).parameters - describe(tmp_path / "trimmed").parameters == 2 * 64 * (prices.rows - len(kept))
 
 
+def test_what_is_left_out_tells_nothing(dense: Path) -> None:
+    """Costs without one corpus' first document are those of the other windows alone."""
+    pieces = read_pieces(dense)
+    rates = np.random.default_rng(0).random(pieces.rows)
+    splits = measure_splits(dense, pieces, TEXTS, rates, tokens=1500)
+    name, documents = "language", TEXTS["language"]
+    without = splits.costs(rates, lambda text: text == documents[0])
+    assert without is not None
+    others = [window for window in splits.windows if window.document != documents[0]]
+    alone = Splits(pieces, list(TEXTS), others, splits.tokens).costs(rates)
+    everything = splits.costs(rates)
+    assert alone is not None
+    assert everything is not None
+    assert 0 < without.places == alone.places < everything.places
+    assert (without.nats == alone.nats).all()
+    assert (without.nats != everything.nats).any()
+    assert (without.probability[name] == alone.probability[name]).all()
+    assert (without.probability[name] != everything.probability[name]).any()
+    assert splits.costs(rates, lambda text: text in documents) is None  # a corpus would be left without a window
+
+
+def test_a_corpus_without_a_window_expects_nothing(dense: Path) -> None:
+    prices = price_vocabulary(
+        dense, {**TEXTS, "task": ["a"]}, {"scenario": 1.0, "language": 1.0, "task": 0.5}, tokens=1500
+    )
+    assert prices.note["places"] > 20
+    assert np.isfinite(prices.curve).all()
+
+
 def test_text_too_short_to_measure(dense: Path) -> None:
     pieces = read_pieces(dense)
+    assert measure_splits(dense, pieces, {"scenario": ["a"]}, np.ones(pieces.rows)).costs(np.ones(pieces.rows)) is None
     with pytest.raises(InvalidRequest, match="--vocab keep"):
-        measure_splits(dense, pieces, {"scenario": ["a"]}, np.ones(pieces.rows))
+        price_vocabulary(dense, {"scenario": ["a"]}, {"scenario": 1.0})
 
 
 def test_tokenizer_of_another_model(tmp_path: Path) -> None:
