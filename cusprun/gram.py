@@ -8,6 +8,7 @@ import torch
 
 from cusprun.statistics import Batch
 
+BLOCK = 384  # columns of a product with itself that are taken at a time
 ROWS = 512  # of the moments that are in float64 at a time where a product needs them so
 
 
@@ -43,7 +44,7 @@ class Gram:
 
     def add(self, x: torch.Tensor, half: int, target: torch.Tensor | None = None) -> None:
         """Adds the rows of ``x``, (tokens, n), to one half, with their targets, (tokens, rows)."""
-        self.inputs[half] += (x.T @ x).cpu()
+        _add_square(self.inputs[half], x)
         self.counts[half] += len(x)
         if self.crossed is not None and target is not None:
             self.crossed[half] += (target.T @ x).cpu()
@@ -99,3 +100,14 @@ class Gram:
         for half in halves[1:]:
             total += sums[half]
         return total.div_(count)
+
+
+def _add_square(sums: torch.Tensor, x: torch.Tensor) -> None:
+    """Adds xᵀx to the symmetric ``sums``, (n, n), for ``x``, (tokens, n): a product for each block on and below the
+    diagonal, the others are mirrored.
+    """
+    for begin in range(0, x.shape[1], BLOCK):
+        rows = slice(begin, begin + BLOCK)
+        below = (x[:, begin:].T @ x[:, rows]).cpu()  # (n - begin, block)
+        sums[begin:, rows] += below
+        sums[rows, begin + BLOCK :] += below[BLOCK:].T

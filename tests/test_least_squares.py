@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from cusprun.gram import Gram
+from cusprun.gram import BLOCK, Gram
 from cusprun.least_squares import RIDGES, START, fit, refitted
 from cusprun.surgeon import choose_columns
 
@@ -41,6 +42,17 @@ def error(wanted: torch.Tensor, x: torch.Tensor, kept: torch.Tensor, columns: to
 
 
 KEPT = torch.tensor([0, 2, 3, 7, 9, 11])
+
+
+@pytest.mark.parametrize("n", [BLOCK - 1, BLOCK, 2 * BLOCK + 17])
+def test_moments_of_more_columns_than_are_multiplied_at_a_time(n: int) -> None:
+    x = random(60, n)
+    gram = Gram.empty(n, halves=1)
+    for part in x.float().split(20):
+        gram.add(part, 0)
+    found = gram.mean(0)
+    torch.testing.assert_close(found, moments_of(x), rtol=1e-4, atol=1e-5)
+    assert torch.equal(found[: BLOCK - 1, BLOCK:], found[BLOCK:, : BLOCK - 1].T)
 
 
 def test_it_equals_a_solver_on_the_data() -> None:

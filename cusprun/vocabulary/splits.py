@@ -228,8 +228,14 @@ def _read(model: LayerwiseModel, batches: Sequence[np.ndarray]) -> list[torch.Te
     """Hidden states after the last layer for each batch of ids; one layer's weights are in memory at a time."""
     import torch
 
+    if not batches:
+        return []
     with torch.inference_mode():
-        states = [model.embed(ids).to(model.device) for ids in batches]
+        together = model.embed(np.concatenate([ids.ravel() for ids in batches])[None])[0]  # the table is read once
+        states = [
+            part.unflatten(0, ids.shape).to(model.device)
+            for part, ids in zip(together.split([ids.size for ids in batches]), batches, strict=True)
+        ]
         for index in track(range(len(model.anatomy.layers)), "costs of splits, layer by layer"):
             with model.layer(index) as layer:
                 states = [model.forward(layer, batch) for batch in states]
