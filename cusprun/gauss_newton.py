@@ -76,20 +76,24 @@ class GatedFfn:
 class Windows:
     """Hidden states before the FFN and what it is to give, (windows, tokens, hidden) float32 each, on its device.
 
-    ``read`` makes the FFN's inputs of the states, (…, hidden), when they are asked for: a norm, token by token.
+    An error at a token counts ``scales`` times, (windows, tokens, 1). ``read`` makes the FFN's inputs of the states,
+    (…, hidden), when they are asked for: a norm, token by token.
     """
 
     states: torch.Tensor
     targets: torch.Tensor
+    scales: torch.Tensor
     read: Callable[[torch.Tensor], torch.Tensor] = lambda states: states
 
-    def tokens(self, part: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of some of the windows' tokens, (tokens, hidden) each."""
-        return self.read(self.states[part]).flatten(0, 1), self.targets[part].flatten(0, 1)
+    def tokens(self, part: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Inputs and targets of some of the windows' tokens, (tokens, hidden) each, and their scales, (tokens, 1)."""
+        inputs = self.read(self.states[part]).flatten(0, 1)
+        return inputs, self.targets[part].flatten(0, 1), self.scales[part].flatten(0, 1)
 
 
 Batches = Callable[[], Iterable[Windows]]
-Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # inputs, a and b of a batch's tokens, as products take them
+# Inputs, a and b of a batch's tokens, as products take them; a and b in the token's scale.
+Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def improve(ffn: GatedFfn, batches: Batches, iterations: int = ITERATIONS) -> GatedFfn:
@@ -112,8 +116,8 @@ def judged(ffn: GatedFfn, batches: Batches) -> float:
     """Sum of ‖t - f(x)‖² over the windows set aside."""
     total = 0.0
     for windows, first in _divided(batches):
-        x, targets = windows.tokens(slice(first, None))
-        total += float((targets - ffn(x)).square().sum(dtype=torch.float64))
+        x, targets, scales = windows.tokens(slice(first, None))
+        total += float((targets - ffn(x)).mul_(scales).square().sum(dtype=torch.float64))
     return total
 
 
@@ -192,15 +196,16 @@ class _Problem:
         inputs = torch.zeros(ffn.up.shape[1], ffn.up.shape[1], device=ffn.up.device)
         room = HELD_BYTES
         for windows, first in _divided(batches):
-            x, targets = windows.tokens(slice(first))
+            x, targets, scales = windows.tokens(slice(first))
             a, b, inner = ffn.factors(x)
+            left = (targets - product(inner, ffn.down)).mul_(scales)
+            del inner
+            a, b = a * scales, b * scales
             squares.up.add_(a.square().sum(0))
             squares.gate.add_(b.square().sum(0))
             rounded = x.to(self.kind)
             inputs += (rounded.T @ rounded).float()
             self.tokens += len(x)
-            left = targets - product(inner, ffn.down)
-            del inner
             batch = (rounded, a.to(self.kind), b.to(self.kind))
             self._add_pulled(self.right, batch, left.to(self.kind))
             room -= sum(tensor.nbytes for tensor in batch)
@@ -240,6 +245,6 @@ class _Problem:
     def _batches(self) -> Iterator[Factors]:
         yield from self.held
         for windows, first in islice(_divided(self.batches), len(self.held), None):
-            x, _ = windows.tokens(slice(first))
+            x, _, scales = windows.tokens(slice(first))
             a, b, _ = self.ffn.factors(x)
-            yield x.to(self.kind), a.to(self.kind), b.to(self.kind)
+            yield x.to(self.kind), (a * scales).to(self.kind), (b * scales).to(self.kind)

@@ -28,8 +28,8 @@ def fit_jointly(ffn: GatedFfn, batches: Batches) -> GatedFfn:
     hidden, channels = ffn.down.shape
     gram, start = Gram.empty(channels, hidden), 0
     for windows in batches():
-        x, targets = windows.tokens()
-        gram.add_windows(better.inner(x), start, windows.targets.shape[1], targets)
+        x, targets, scales = windows.tokens()
+        gram.add_windows(better.inner(x) * scales, start, windows.targets.shape[1], targets * scales)
         start += len(windows.targets)
     down, _ = fit(ffn.down.double().cpu(), gram, torch.arange(channels))
     better = replace(better, down=down.to(ffn.down.device))

@@ -12,7 +12,8 @@ sequential  x comes from the compacted prefix, and t = (1 - α) W x + α t*, whe
 joint       sequential, and where many channels of an FFN go what is left of gate_proj and up_proj moves towards t too
             (:mod:`cusprun.gauss_newton`), after which down_proj is fitted once more.
 
-The ridge λ and α are those that, fitted on either half of the windows, leave the least error on the other.
+The ridge λ and α are those that, fitted on either half of the windows, leave the least error on the other. What tokens
+are to that error, and which short windows join the given ones, says :mod:`cusprun.sinks`.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from cusprun.memory import HELD_BYTES
 from cusprun.part import Part, batches
 from cusprun.plan import LayerPlan, Plan, make_plan
 from cusprun.progress import track
+from cusprun.sinks import scales, starts
 from cusprun.surgeon import choose_columns, choose_groups
 
 DOWN, OUTPUT = "mlp.down_proj", "self_attn.o_proj"
@@ -79,13 +81,15 @@ def refit(
 
 @dataclass
 class _Streams:
-    """Hidden states of one dimension's windows, (n, window, hidden): the dense model's, and the compacted one's."""
+    """Hidden states of a dimension's windows of one length, (n, window, hidden): the dense model's, the compacted's."""
 
+    name: str  # of the dimension
     dense: torch.Tensor
     compact: torch.Tensor  # the same object as ``dense`` until the first cut, and always in the parallel form
     held: list[torch.Tensor] = field(default_factory=list)  # inputs of the matrix at hand, of the compacted stream
     given: list[torch.Tensor] = field(default_factory=list)  # what all of the FFN gives there, (n, window, hidden)
     wanted: list[torch.Tensor] = field(default_factory=list)  # and in the dense model, where that is the target
+    scales: list[torch.Tensor] = field(default_factory=list)  # of each token's error there, (n, window, 1)
 
 
 class _Refit:
@@ -101,11 +105,12 @@ class _Refit:
     ) -> None:
         self.model, self.widths, self.form, self.combine = model, widths, form, combine
         check_window(model.config, max(ids.shape[1] for ids in windows.values()))
-        self.streams: dict[str, _Streams] = {}
+        self.streams: list[_Streams] = []
         for name, ids in windows.items():
-            states = model.embed(ids).to(model.device)
-            self.streams[name] = _Streams(states, states)
-        self.tokens = sum(ids.size for ids in windows.values())
+            for some in (ids, starts(ids)):
+                states = model.embed(some).to(model.device)
+                self.streams += [_Streams(name, states, states)] if len(some) else []
+        self.tokens = sum(streams.dense.shape[:2].numel() for streams in self.streams)
         self.parts = self._plan_parts()
 
     def _plan_parts(self) -> list[dict[Kind, Action]]:
@@ -148,9 +153,9 @@ class _Refit:
         for index in track(range(len(self.widths)), f"refit, {self.form}, layer by layer"):
             with bfloat16_products(self.model.device):
                 yield from self._layer(index, chosen)
-            for name, streams in self.streams.items():
+            for streams in self.streams:
                 if not torch.isfinite(streams.compact[-1]).all():
-                    raise Failed(f"layer {index} gives values that are not finite on the {name} text")
+                    raise Failed(f"layer {index} gives values that are not finite on the {streams.name} text")
 
     def _layer(self, index: int, chosen: list[LayerPlan]) -> Iterator[tuple[str, torch.Tensor]]:
         before, after = self.model.anatomy.layers[index], self.widths[index]
@@ -205,14 +210,14 @@ class _Refit:
 
     def _keep(self, part: Part) -> None:
         """Both streams go through the part as it is."""
-        for streams in self.streams.values():
+        for streams in self.streams:
             for states in {id(states): states for states in (streams.dense, streams.compact)}.values():
                 for batch in batches(states):
                     batch += part.added(batch)
 
     def _leave_out(self, part: Part) -> None:
         """The dense stream goes through the part, the compacted one passes by."""
-        for streams in self.streams.values():
+        for streams in self.streams:
             if self.form != "parallel" and streams.compact is streams.dense:
                 streams.compact = streams.dense.clone()
             for batch in batches(streams.dense):
@@ -227,24 +232,30 @@ class _Refit:
         rows = self.model.anatomy.hidden_size if sequential else None
         moments: dict[str, Gram] = {}
         hold = sequential and not joint and self.tokens * columns * 4 + 6 * columns**2 * 8 <= HELD_BYTES
-        for name, streams in self.streams.items():
-            gram = moments.setdefault(name if self.combine != "mixture" else "mixture", Gram.empty(columns, rows))
+        for streams in self.streams:
+            gram = moments.setdefault(
+                streams.name if self.combine != "mixture" else "mixture", Gram.empty(columns, rows)
+            )
             apart = streams.compact is not streams.dense
             if sequential and not apart:
                 streams.compact = streams.dense.clone()
             window, start = streams.dense.shape[1], 0
             for dense, compact in zip(batches(streams.dense), batches(streams.compact), strict=True):
+                before = dense.norm(dim=-1, keepdim=True)
                 inputs, given = part(dense)
                 dense += part.behind(given)
+                scale = scales(torch.maximum(before, dense.norm(dim=-1, keepdim=True)))
                 target = given
                 if apart:
                     inputs, given = part(compact)
                 if joint:
+                    streams.scales.append(scale)
                     streams.given.append(given - part.bias)
                     streams.wanted += [target - part.bias] if part.normed and apart else []
                 if not part.normed:
                     target = dense - compact
-                gram.add_windows(inputs, start, window, (target - part.bias).flatten(0, 1) if sequential else None)
+                wanted = ((target - part.bias) * scale).flatten(0, 1) if sequential else None
+                gram.add_windows(inputs * scale.flatten(0, 1), start, window, wanted)
                 start += len(dense)
                 if hold:
                     streams.held.append(inputs)
@@ -253,7 +264,7 @@ class _Refit:
     def _replace(self, part: Part, columns: torch.Tensor, fitted: torch.Tensor) -> None:
         """Takes the compacted stream through the part with only the kept columns, at their new values."""
         fitted = fitted.to(self.model.device)
-        for streams in self.streams.values():
+        for streams in self.streams:
             held = iter(streams.held)
             for compact in batches(streams.compact):
                 inputs = next(held, None)
@@ -267,7 +278,7 @@ class _Refit:
 
         What :meth:`_moments` held becomes the targets.
         """
-        for streams in self.streams.values():
+        for streams in self.streams:
             for number, (dense, compact) in enumerate(
                 zip(batches(streams.dense), batches(streams.compact), strict=True)
             ):
@@ -278,18 +289,18 @@ class _Refit:
             streams.wanted = []
 
         def windows() -> Iterator[Windows]:
-            for streams in self.streams.values():
-                for compact, target in zip(batches(streams.compact), streams.given, strict=True):
-                    yield Windows(compact, target, part.read)
+            for streams in self.streams:
+                for compact, target, scale in zip(batches(streams.compact), streams.given, streams.scales, strict=True):
+                    yield Windows(compact, target, scale, part.read)
 
         better = fit_jointly(ffn, windows)
-        for streams in self.streams.values():
-            streams.given = []
+        for streams in self.streams:
+            streams.given, streams.scales = [], []
         return better
 
     def _replace_ffn(self, part: Part, ffn: GatedFfn) -> None:
         """Takes the compacted stream through the part with the narrowed FFN in place of its own."""
-        for streams in self.streams.values():
+        for streams in self.streams:
             for compact in batches(streams.compact):
                 compact += part.behind(ffn(part.read(compact)) + part.bias)
 

@@ -31,7 +31,7 @@ VERSIONS = {
     "retext": 2,
     "statistics": 2,
     "plan": 3,
-    "refit": 4,
+    "refit": 5,
     "compacted": 1,
     "model": 2,
     "imatrix": 1,

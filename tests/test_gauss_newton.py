@@ -46,7 +46,7 @@ def windows_of(teacher: GatedFfn, seeds: range, noise: float = 0.0) -> Callable[
         for seed in seeds:
             x = random(8, TOKENS, HIDDEN, seed=100 + seed)
             targets = teacher(x.flatten(0, 1)) + noise * random(8 * TOKENS, HIDDEN, seed=200 + seed)
-            yield Windows(x, targets.view(8, TOKENS, HIDDEN))
+            yield Windows(x, targets.view(8, TOKENS, HIDDEN), torch.ones(8, TOKENS, 1))
 
     return batches
 
@@ -64,19 +64,23 @@ def error(ffn: GatedFfn, batches: Callable[[], Iterator[Windows]]) -> float:
 def test_right_side_and_curvature_are_those_of_autograd(activation: Activation, biased: bool) -> None:
     teacher = ffn_of(CHANNELS, activation, biased=biased)
     ffn = ffn_of(20, activation, biased=biased)
-    batches = windows_of(teacher, range(2))
+
+    def batches() -> Iterator[Windows]:
+        for number, each in enumerate(windows_of(teacher, range(2))()):
+            yield replace(each, scales=random(*each.scales.shape, seed=300 + number).sigmoid())
+
     problem = _Problem(ffn, batches)
     fitted = [each.tokens(slice(7)) for each in batches()]  # the eighth window of each batch judges
-    x, targets = (torch.cat(parts) for parts in zip(*fitted, strict=True))
+    x, targets, scales = (torch.cat(parts) for parts in zip(*fitted, strict=True))
 
     def outputs(up: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         return replace(ffn, up=up, gate=gate)(x)
 
     given, pull = vjp(outputs, ffn.up, ffn.gate)
-    right = pull(targets - given)
+    right = pull((targets - given) * scales**2)
     way = Step(random(20, HIDDEN, seed=7), random(20, HIDDEN, seed=8))
     _, change = jvp(outputs, (ffn.up, ffn.gate), (way.up, way.gate))
-    bent = pull(change)
+    bent = pull(change * scales**2)
     found = problem.curvature(way)
     eased = problem.precondition(way)
     for name, one, other in (("up", *right[:1], *bent[:1]), ("gate", *right[1:], *bent[1:])):
@@ -116,12 +120,33 @@ def test_noise_is_not_learnt() -> None:
     assert error(ffn.moved(many[-1]), unseen) > 3 * error(ffn, unseen)
 
 
+def test_tokens_whose_error_counts_nothing_move_nothing() -> None:
+    """Every other token is told to give something wild: where that counts, it spoils the others."""
+    teacher = ffn_of(CHANNELS)
+    ffn, unseen = narrowed(teacher, 20), windows_of(teacher, range(50, 54))
+
+    def spoilt(scale: float) -> Callable[[], Iterator[Windows]]:
+        def batches() -> Iterator[Windows]:
+            for number, each in enumerate(windows_of(teacher, range(8))()):
+                targets, scales = each.targets.clone(), each.scales.clone()
+                targets[:, ::2] += 300.0 * random(*targets[:, ::2].shape, seed=number)
+                scales[:, ::2] = scale
+                yield Windows(each.states, targets, scales)
+
+        return batches
+
+    clean = error(fit_jointly(ffn, windows_of(teacher, range(8))), unseen)
+    heard, unheard = (error(fit_jointly(ffn, spoilt(scale)), unseen) for scale in (1.0, 0.0))
+    assert unheard < 1.1 * clean
+    assert heard > 1.3 * clean
+
+
 def test_it_stays_as_it_is_where_nothing_can_be_judged_or_gained() -> None:
     teacher = ffn_of(CHANNELS)
 
     def single() -> Iterator[Windows]:
         for each in windows_of(teacher, range(3))():
-            yield Windows(each.states[:1], each.targets[:1])
+            yield Windows(each.states[:1], each.targets[:1], each.scales[:1])
 
     ffn = narrowed(teacher, 20)
     assert fit_jointly(ffn, single) is ffn  # three windows: none judges
@@ -135,7 +160,8 @@ def test_batches_of_one_window_take_the_step_too() -> None:
     def single() -> Iterator[Windows]:
         for each in windows_of(teacher, range(6))():
             for number in range(8):
-                yield Windows(each.states[number : number + 1], each.targets[number : number + 1])
+                some = slice(number, number + 1)
+                yield Windows(each.states[some], each.targets[some], each.scales[some])
 
     assert error(improve(ffn, single), unseen) < 0.95 * error(ffn, unseen)
 
