@@ -12,15 +12,16 @@ Where the artifact and the one it is held against have different vocabularies, b
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from cusprun.benchmarks.losses import divergences, losses
 from cusprun.benchmarks.same_bytes import Passages, same_passages
-from cusprun.benchmarks.tally import REMARK, Divergence, Quality, QualityPair, Tally
+from cusprun.benchmarks.tally import REMARK, Quality, QualityPair, Tally
 from cusprun.errors import InvalidRequest
 from cusprun.progress import say, track
 from cusprun.runtimes import Runtime, is_onnx, open_runtime
@@ -28,7 +29,6 @@ from cusprun.runtimes.child import run_in_child
 
 Score = Literal["second-half", "all"]
 Text = str | Sequence[str]
-Measured = tuple[dict[str, Any], dict[str, Any] | None, bool, dict[str, Any] | None]  # the fields of a QualityPair
 
 SEPARATOR = "\n\n"  # between the texts of a corpus
 
@@ -101,15 +101,7 @@ def evaluate_corpora(
     }
     native = any(path is not None and (path.suffix == ".gguf" or is_onnx(path)) for path in (artifact, against))
     found = run_in_child(_measure, **request) if native else _measure(**request)
-    return {
-        name: QualityPair(
-            Quality(**own),
-            None if others is None else Quality(**others),
-            same,
-            None if spread is None else Divergence(**spread),
-        )
-        for name, (own, others, same, spread) in found.items()
-    }
+    return {name: TypeAdapter(QualityPair).validate_python(pair) for name, pair in found.items()}
 
 
 def join(text: Text) -> str:
@@ -127,7 +119,7 @@ def _measure(
     special: bool,
     threads: int | None,
     device: str,
-) -> dict[str, Measured]:
+) -> dict[str, dict[str, Any]]:
     """The work of :func:`evaluate_corpora`, in whichever process; JSON in, JSON out."""
     runtime = open_runtime(Path(artifact), context=context, threads=threads, device=device)
     other = None if against is None else open_runtime(Path(against), context=context, threads=threads, device=device)
@@ -150,17 +142,11 @@ def _measure(
             )
         cut[name] = windows(tokens, context, score, None if max_tokens is None else max_tokens // context)
     first = context // 2 if score == "second-half" else 0
-    found: dict[str, Measured] = {}
+    found: dict[str, QualityPair] = {}
     if other is None or same:
         for name, held in cut.items():
             label = f"{name}: {runtime.path.name}"
-            pair = score_windows(runtime, other, held, context=context, first=first, label=label)
-            found[name] = (
-                asdict(pair.artifact),
-                None if pair.against is None else asdict(pair.against),
-                True,
-                None if pair.divergence is None else asdict(pair.divergence),
-            )
+            found[name] = score_windows(runtime, other, held, context=context, first=first, label=label)
     else:
         say(REMARK)
         passages = same_passages(runtime, other, cut, first)
@@ -172,12 +158,11 @@ def _measure(
             passages = same_passages(runtime, other, cut, first, room=runtime.n_context)
         for name, pairs in passages.items():
             label = f"{name}: {runtime.path.name}"
-            own, others = score_passages(runtime, other, pairs, context=context, label=label)
-            found[name] = (asdict(own), asdict(others), False, None)
+            found[name] = score_passages(runtime, other, pairs, context=context, label=label)
     runtime.close()
     if other is not None:
         other.close()
-    return found
+    return {name: asdict(pair) for name, pair in found.items()}
 
 
 def same_vocabulary(one: Runtime, other: Runtime, texts: Iterable[str], special: bool) -> bool:
@@ -226,13 +211,13 @@ def score_windows(
         tally.kld.append(kld)
         tally.same_top += int(same.sum())
     if other is None:
-        return QualityPair(tally.quality(context, False), None)
-    return QualityPair(tally.quality(context, True), other_tally.quality(context, False), True, tally.divergence())
+        return QualityPair(tally.quality(context, False), None, nats=tuple(tally.windows))
+    return replace(_paired(tally, other_tally, context, same=True), divergence=tally.divergence())
 
 
 def score_passages(
     runtime: Runtime, other: Runtime, pairs: Sequence[Passages], *, context: int, label: str
-) -> tuple[Quality, Quality]:
+) -> QualityPair:
     """Each artifact over its own tokens of the same bytes."""
     tally, other_tally = Tally(), Tally()
     for pair in track(pairs, f"bits per byte of {label}", total=len(pairs)):
@@ -240,4 +225,11 @@ def score_passages(
             targets = np.asarray(passage.tokens[passage.scored :])
             logits = opened.logits(passage.tokens[:-1], start=passage.scored - 1)  # (scored, n_vocab)
             sums.add(losses(logits, targets), pair.n_bytes)
-    return tally.quality(context, False), other_tally.quality(context, False)
+    return _paired(tally, other_tally, context, same=False)
+
+
+def _paired(own: Tally, other: Tally, context: int, *, same: bool) -> QualityPair:
+    return QualityPair(
+        own.quality(context, same), other.quality(context, False), same,
+        nats=tuple(own.windows), against_nats=tuple(other.windows),
+    )  # fmt: skip

@@ -50,6 +50,7 @@ UNITS = {
     "perplexity_stderr": "1 (per token)",
     "bits_per_byte": "bits/byte",
     "bits_per_byte_increase": "share",
+    "bits_per_byte_increase_stderr": "share",
     "kld_mean": "nats/token",
     "top1_agreement": "share",
     "accuracy": "share",
@@ -179,6 +180,7 @@ def quality_section(quality: Mapping[str, QualityPair], score: str) -> dict[str,
         if pair.against is not None:
             entry["dense"] = asdict(pair.against)
             entry["bits_per_byte_increase"] = pair.increase
+            entry["bits_per_byte_increase_stderr"] = pair.increase_stderr
             entry["ratios"] = pair.ratios
             entry["same_vocabulary"] = pair.same_vocabulary
             if pair.divergence is not None:
@@ -190,7 +192,8 @@ def quality_section(quality: Mapping[str, QualityPair], score: str) -> dict[str,
         "how": (
             f"windows of {', '.join(map(str, contexts))} tokens that do not overlap, "
             + ("second half scored, as llama-perplexity does" if score == "second-half" else "every token scored")
-            + "; held-out text; perplexity_stderr is perplexity x standard error of the mean loss; KL(dense || expert)"
+            + "; held-out text; perplexity_stderr is perplexity x standard error of the mean loss; "
+            "bits_per_byte_increase_stderr is the increase's standard error, paired by window; KL(dense || expert)"
             + ("" if same else f"; {REMARK}; windows are cut in dense's tokens")
         ),
         "score": score,

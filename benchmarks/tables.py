@@ -82,7 +82,7 @@ def quality_table(corpora: Mapping[str, Mapping[str, Any]]) -> Grid:
                     "" if index else name,
                     who if len(shown) > 1 else "",
                     f"{quality['bits_per_byte']:.4f}",
-                    percent(entry["bits_per_byte_increase"]) if who == "expert" and "dense" in entry else "",
+                    increase_of(entry) if who == "expert" and "dense" in entry else "",
                     f"{quality['perplexity']:.2f} ± {quality['perplexity_stderr']:.2f}",
                     "" if quality["kld_mean"] is None else f"{quality['kld_mean']:.4f}",
                     "" if quality["top1_agreement"] is None else f"{quality['top1_agreement']:.1%}",
@@ -96,7 +96,7 @@ def quality_table(corpora: Mapping[str, Mapping[str, Any]]) -> Grid:
             tokens = "" if comparable else _times(ratios["tokens"])
             lines.append(("", "ratio", _times(ratios["bits_per_byte"]), "", shown_ratio, "", "", tokens))
     context = next((entry["expert"]["context"] for entry in corpora.values()), 0)
-    note = f"windows of {context} tokens; perplexity ± standard error, per token"
+    note = f"windows of {context} tokens; ± standard errors, of the increase paired by window; perplexity per token"
     if any(entry.get("dense") for entry in corpora.values()):
         note += "; KL and top-1 against dense" if not _different(corpora) else f"; {REMARK}"
     for name, entry in corpora.items():
@@ -269,8 +269,13 @@ def record_grids(report: Mapping[str, Any]) -> list[Grid]:
 
 def _headline(corpora: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What the expert's text costs more than dense's, in bits per byte, as one sentence."""
-    found = [f"{name} {percent(e['bits_per_byte_increase'])}" for name, e in corpora.items() if "dense" in e]
+    found = [f"{name} {increase_of(e)}" for name, e in corpora.items() if "dense" in e]
     return [f"Bits per byte of held-out text, expert over dense: **{', '.join(found)}**.", ""] if found else []
+
+
+def increase_of(entry: Mapping[str, Any]) -> str:
+    """How much more bits per byte one text of report.json takes than with dense, with its standard error."""
+    return percent(entry["bits_per_byte_increase"], entry.get("bits_per_byte_increase_stderr"))
 
 
 def _different(corpora: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -52,6 +53,8 @@ class QualityPair:
     against: Quality | None
     same_vocabulary: bool = True  # False: each scored in tokens of its own, over the same bytes
     divergence: Divergence | None = None  # where the vocabularies are the same
+    nats: tuple[float, ...] = ()  # the artifact's losses, summed by window
+    against_nats: tuple[float, ...] = ()  # and those of the other on the same bytes
 
     @property
     def ratios(self) -> dict[str, float | None]:
@@ -70,11 +73,17 @@ class QualityPair:
         """Of bits per byte over the other artifact's, as a share: 0.02 is 2 % more."""
         return None if self.against is None else self.artifact.bits_per_byte / self.against.bits_per_byte - 1
 
+    @property
+    def increase_stderr(self) -> float | None:
+        """Standard error of the increase, paired by window; None of one window."""
+        return None if self.against is None else ratio_stderr(self.nats, self.against_nats)
+
     def as_json(self) -> dict[str, Any]:
         """The artifact's figures; with another one also that one's, the increase, and what must not be compared."""
         found = asdict(self.artifact) | ({} if self.divergence is None else asdict(self.divergence))
         if self.against is not None:
             found |= {"against": asdict(self.against), "bits_per_byte_increase": self.increase}
+            found |= {"bits_per_byte_increase_stderr": self.increase_stderr}
             found |= {"same_vocabulary": self.same_vocabulary} | ({} if self.same_vocabulary else {"remark": REMARK})
         return found
 
@@ -85,7 +94,7 @@ class QualityPair:
         if self.against is not None and self.increase is not None:
             for key in ("perplexity", "bits_per_byte", "tokens"):
                 lines.append(_line(f"against {key}", getattr(self.against, key)))
-            lines.append(_line("over against", f"{percent(self.increase)} bits per byte"))
+            lines.append(_line("over against", f"{percent(self.increase, self.increase_stderr)} bits per byte"))
         return lines if self.same_vocabulary else [*lines, REMARK]
 
 
@@ -99,8 +108,11 @@ class Tally:
     bytes: int = 0
     kld: list[np.ndarray] = field(default_factory=list)  # by position: its percentiles need all of them
     same_top: int = 0
+    windows: list[float] = field(default_factory=list)  # nats of each
 
     def add(self, nll: np.ndarray, n_bytes: int) -> None:
+        """Adds the losses of one window's scored positions, and the bytes that they stand for."""
+        self.windows.append(float(nll.sum()))
         self.count += len(nll)
         self.nll += float(nll.sum())
         self.nll_squared += float((nll * nll).sum())
@@ -139,9 +151,25 @@ class Tally:
         )
 
 
-def percent(share: float) -> str:
-    """0.0213 as +2.1 %, with two digits after the point below 1 %."""
-    return f"{100 * share:+.1f} %" if abs(share) >= 0.00995 else f"{100 * share:+.2f} %"
+def ratio_stderr(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Standard error of Σ one / Σ other over paired windows; None of fewer than two.
+
+    Windows are what was drawn; the tokens of one hang together. The variance of a ratio estimator, linearized: Cochran,
+    Sampling Techniques (1977), 6.4.
+    """
+    n = len(one)
+    if n < 2:
+        return None
+    ratio = sum(one) / sum(other)
+    residuals = [a - ratio * b for a, b in zip(one, other, strict=True)]
+    return math.sqrt(n / (n - 1) * sum(each * each for each in residuals)) / sum(other)
+
+
+def percent(share: float, stderr: float | None = None) -> str:
+    """0.0213 as +2.1 %, with two digits after the point below 1 %; with a standard error +2.1 ± 0.4 %."""
+    digits = 1 if abs(share) >= 0.00995 else 2
+    spread = "" if stderr is None else f" ± {100 * stderr:.{digits}f}"
+    return f"{100 * share:+.{digits}f}{spread} %"
 
 
 def _line(key: str, value: Any) -> str:

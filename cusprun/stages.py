@@ -38,7 +38,7 @@ VERSIONS = {
     "gptq": 1,
     "gguf": 1,
     "onnx": 2,
-    "quality": 1,
+    "quality": 2,
     "questions": 1,
     "samples": 1,
     "speed": 2,

@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from cusprun.benchmarks import quality, tasks
 from cusprun.benchmarks.losses import losses
@@ -33,31 +35,36 @@ class Gauge:
         self.context, self.eval_tokens = context, eval_tokens
         self.threads, self.device = threads, device
 
-    def texts(self, model: Path, vocabulary: int, texts: Mapping[str, list[str]]) -> dict[str, dict[str, float]]:
-        """Per text bits per byte of the model and of the dense one over the same bytes, and the tokens scored."""
+    def texts(self, model: Path, vocabulary: int, texts: Mapping[str, list[str]]) -> dict[str, dict[str, float | None]]:
+        """Per text bits per byte of the model and of the dense one over the same bytes, the standard error of their
+        ratio, and the tokens scored.
+        """
         same = vocabulary == self.dense.anatomy.vocab_size
         found = self._evaluate(model, texts, None if same else self.dense.folder)
-        if same:
-            beside = self.dense_texts(texts)
-        else:
-            beside = {name: pair.against.bits_per_byte for name, pair in found.items() if pair.against is not None}
-        return {
-            name: {
+        beside = self._dense_pairs(texts) if same else {}
+        measured: dict[str, dict[str, float | None]] = {}
+        for name, pair in found.items():
+            if same:
+                pair = replace(pair, against=beside[name].artifact, against_nats=beside[name].nats)
+            assert pair.against is not None
+            measured[name] = {
                 "bits_per_byte": pair.artifact.bits_per_byte,
-                "dense": beside[name],
+                "dense": pair.against.bits_per_byte,
+                "increase_stderr": pair.increase_stderr,
                 "tokens": pair.artifact.tokens,
             }
-            for name, pair in found.items()
-        }
+        return measured
 
     def dense_texts(self, texts: Mapping[str, list[str]]) -> dict[str, float]:
         """Bits per byte of the dense model on each text."""
+        return {name: pair.artifact.bits_per_byte for name, pair in self._dense_pairs(texts).items()}
 
-        def measure() -> dict[str, float]:
-            found = self._evaluate(self.dense.folder, texts, None)
-            return {name: pair.artifact.bits_per_byte for name, pair in found.items()}
+    def _dense_pairs(self, texts: Mapping[str, list[str]]) -> dict[str, quality.QualityPair]:
+        def measure() -> dict[str, Any]:
+            return {name: asdict(pair) for name, pair in self._evaluate(self.dense.folder, texts, None).items()}
 
-        return self._once(f"texts {_hash_texts(texts)} {self.eval_tokens}", measure)
+        kept = self._once(f"texts by window {_hash_texts(texts)} {self.eval_tokens}", measure)
+        return TypeAdapter(dict[str, quality.QualityPair]).validate_python(kept)
 
     def _evaluate(
         self, model: Path, texts: Mapping[str, list[str]], against: Path | None

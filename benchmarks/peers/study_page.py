@@ -42,6 +42,7 @@ class Row:
     seconds: float
     bits: Mapping[str, float]
     dense: Mapping[str, float]
+    stderr: Mapping[str, float]  # of the increase, where it was measured
     accuracy: float | None
     dense_accuracy: float | None
     dense_interval: tuple[float, float] | None
@@ -72,6 +73,7 @@ def as_row(cell: Cell, result: Mapping[str, Any]) -> Row:
         result["seconds"],
         {text: found["bits_per_byte"] for text, found in measured.items()},
         {text: found["dense"] for text, found in measured.items()},
+        {text: stderr for text, found in measured.items() if (stderr := found.get("increase_stderr")) is not None},
         asked and asked["accuracy"], asked and asked["dense"]["accuracy"],
         tuple(asked["dense"]["interval"]) if asked else None,
         result,
@@ -121,14 +123,16 @@ def _write_csv(path: Path, telling: Telling, rows: Sequence[Row]) -> None:
     texts = texts_of(rows)
     with written_whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        figures = [f"{what} {text}" for text in texts for what in ("bits per byte", "dense", "increase")]
+        figures = [f"{what} {text}" for text in texts for what in ("bits per byte", "dense", "increase", "stderr")]
         writer.writerow(
             ["cell", "scenario", *labels, "parameters", "removed share", "tokens kept", "calibration tokens",
              *figures, "accuracy", "dense accuracy", "prune seconds"]
         )  # fmt: skip
         for row in rows:
             measured = [
-                value for text in texts for value in (row.bits.get(text), row.dense.get(text), row.increase(text))
+                value
+                for text in texts
+                for value in (row.bits.get(text), row.dense.get(text), row.increase(text), row.stderr.get(text))
             ]
             writer.writerow(
                 [row.name, row.scene, *(row[label] for label in labels), row.parameters, row.removed, row.vocabulary,
@@ -152,7 +156,8 @@ def page(
     out = [
         f"# {study.title}", "", f"`{telling.command()}`", "", study.about, "",
         f"{Path(options.model).name}, {options.tokens:,} calibration tokens in windows of {options.window} unless a "
-        f"column says otherwise; figures are the increase of bits per byte over the dense model in %, on "
+        f"column says otherwise; figures are the increase of bits per byte over the dense model in %, ± its standard "
+        f"error (paired by window; none in cells measured before 2026-11-30), on "
         f"{options.eval_tokens:,} tokens of each text, second half of windows of 512, model folders in torch "
         f"({options.device})" + "".join(f"; *{text}*: {COLUMNS[text]}" for text in texts if text in COLUMNS)
         + ". The seconds are those of the prune's stages, those shared with other cells included.",
@@ -211,7 +216,7 @@ def _tables(
             cells = [show(column, row[column]) for column in columns]
             cells += [f"{row.vocabulary:,}"] if trimmed else []
             cells += [f"{row.parameters / 1e6:.1f} M", f"{row.removed:.1%}".replace("%", " %")]
-            cells += [percent(row.increase(text)) for text in texts]
+            cells += [percent(row.increase(text), row.stderr.get(text)) for text in texts]
             cells += [show("share", row.accuracy)] if asked else []
             table.append(_line([*cells, f"{row.seconds:.0f}"]))
         yield (
@@ -252,9 +257,11 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def percent(share: float | None) -> str:
-    """A signed increase such as +5.3 %."""
-    return "" if share is None else f"{share:+.1%}".replace("%", " %")
+def percent(share: float | None, stderr: float | None = None) -> str:
+    """A signed increase such as +5.3 %, with a standard error +5.3 ± 0.4 %."""
+    if share is None:
+        return ""
+    return f"{100 * share:+.1f}{'' if stderr is None else f' ± {100 * stderr:.1f}'} %"
 
 
 def show(label: str, value: Any) -> str:

@@ -9,7 +9,7 @@ from cusprun.benchmarks.report_page.frontier import MB
 from cusprun.benchmarks.report_page.intervals import decode_ratio
 from cusprun.benchmarks.report_page.plots import KINDS
 from cusprun.benchmarks.report_page.reading import Measured
-from cusprun.benchmarks.tables import MIB, Grid
+from cusprun.benchmarks.tables import MIB, Grid, increase_of
 from cusprun.benchmarks.tally import percent
 from cusprun.budget import Budget
 
@@ -116,7 +116,7 @@ def _summary_row(expert: Measured) -> tuple[str, ...]:
         f"{own['file_bytes'] / MB:.1f}",
         f"{speed['ratios']['file_bytes']['exact']:.1%}",
         f"{ratio:.2f}×" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""),
-        percent(entry["bits_per_byte_increase"]) if entry.get("dense") else "",
+        increase_of(entry) if entry.get("dense") else "",
         expert.text if entry.get("dense") else "",
         ", ".join(f"{found['paired']['p_value']:.2f}" for found in report["tasks"]["sets"].values()),
     )

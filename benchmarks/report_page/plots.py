@@ -13,8 +13,7 @@ from markupsafe import Markup
 
 from cusprun.benchmarks.report_page.intervals import bits_interval, mean_interval
 from cusprun.benchmarks.report_page.svg import DENSE, EXPERT, INK, PAPER, as_svg, canvas
-from cusprun.benchmarks.tables import Grid
-from cusprun.benchmarks.tally import percent
+from cusprun.benchmarks.tables import Grid, increase_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,7 +92,7 @@ def quality_plot(corpora: Mapping[str, Mapping[str, Any]], key: str) -> Plot | N
                 interval = bits_interval(quality)
                 label = who if place == 0 else None
                 _point(axis, quality["bits_per_byte"], -place + offset, interval, who, label)
-                more = percent(entry["bits_per_byte_increase"]) if who == "expert" and "dense" in entry else ""
+                more = increase_of(entry) if who == "expert" and "dense" in entry else ""
                 if more:
                     reach = interval[1] if interval else quality["bits_per_byte"]
                     axis.annotate(more, (reach, -place + offset), (6, 0), textcoords="offset points", va="center")
@@ -109,9 +108,9 @@ def quality_plot(corpora: Mapping[str, Mapping[str, Any]], key: str) -> Plot | N
         title = "Loss by text"
         svg = as_svg(figure, key, title, "; ".join(told) + ".")
     caption = (
-        "Lower is better; the percentage is the expert's increase over dense. Line: 95 % interval from each artifact's "
-        "own losses, tokens taken as independent. Both read the same bytes, so intervals that overlap do not mean that "
-        "there is no difference."
+        "Lower is better; the percentage is the expert's increase over dense on the same bytes, ± its standard error, "
+        "paired by window. Line: 95 % interval from each artifact's own losses, tokens taken as independent: intervals "
+        "that overlap do not mean that there is no difference."
     )
     table = Grid(title, ("text", "artifact", "bits/byte", "95 % interval", "over dense"), tuple(rows))
     return Plot(key, title, caption, svg, table)

@@ -101,6 +101,7 @@ class Text(Part):
     expert: Quality
     dense: Quality | None = None
     bits_per_byte_increase: Number = 0.0
+    bits_per_byte_increase_stderr: Number | None = None
     ratios: QualityRatios | None = None
 
 

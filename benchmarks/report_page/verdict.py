@@ -9,7 +9,7 @@ from typing import Any
 from cusprun.benchmarks.dominance import MEMORY_TOLERANCE
 from cusprun.benchmarks.report_page.frontier import MB, Frontier, Row
 from cusprun.benchmarks.report_page.intervals import decode_ratio
-from cusprun.benchmarks.tally import percent
+from cusprun.benchmarks.tables import increase_of
 
 SIGNIFICANT = 0.05
 
@@ -44,7 +44,7 @@ def paid(report: Mapping[str, Any]) -> str:
     """Bits per byte on every text, and multiple choice with what chance and a constant answer would give."""
     corpora = {name: entry for name, entry in report["quality"]["corpora"].items() if entry.get("dense")}
     if corpora:
-        each = [f"{percent(entry['bits_per_byte_increase'])} on {name}" for name, entry in corpora.items()]
+        each = [f"{increase_of(entry)} on {name}" for name, entry in corpora.items()]
         text = f"Bits per byte of held-out text change by {_listed(each)}"
     else:
         text = "What it costs on held-out text was not measured"

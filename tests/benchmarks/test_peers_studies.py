@@ -170,6 +170,7 @@ def test_an_interrupted_study_goes_on(tmp_path: Path, pico_model: Path, own_text
         assert cell["removed_share"] == pytest.approx(0.25, abs=0.02)
         assert set(cell["texts"]) == {"scenario", "general"}
         assert all(text["dense"] > 0 for text in cell["texts"].values())
+        assert all(0 < text["increase_stderr"] < 1 for text in cell["texts"].values())
         assert {"text", "plan", "model"} & set(cell["stages"])
         assert sum(cell["stages"].values()) == pytest.approx(cell["seconds"], abs=0.02)
     assert len(found["not_run"]) == 69
@@ -180,6 +181,10 @@ def test_an_interrupted_study_goes_on(tmp_path: Path, pico_model: Path, own_text
     page = (out / "methods.md").read_text(encoding="utf-8")
     assert "`python -m cusprun.benchmarks.peers.methods --model pico-llama --corpus contracts.txt" in page
     assert "| dense |" in page
+    for cell in cells.values():
+        text = cell["texts"]["scenario"]
+        shown = f"{100 * (text['bits_per_byte'] / text['dense'] - 1):+.1f} ± {100 * text['increase_stderr']:.1f} %"
+        assert shown in page
 
     # a machine without the cells finds them in the page's JSON, under the same texts and versions
     elsewhere = command(tmp_path, pico_model, own_text, *wanted)

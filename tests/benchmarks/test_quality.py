@@ -14,6 +14,7 @@ import pytest
 
 from cusprun.benchmarks.losses import divergences, losses
 from cusprun.benchmarks.quality import evaluate, evaluate_corpora, windows
+from cusprun.benchmarks.tally import ratio_stderr
 from cusprun.errors import Failed, InvalidRequest
 from cusprun.runtimes import open_runtime
 from tests import pico
@@ -99,6 +100,10 @@ def test_divergence_from_another_model(folder: Path, other: Path, text: str) -> 
     assert own is not None
     assert own.perplexity == pytest.approx(evaluate(other, text, context=64).perplexity, rel=1e-6)
     assert own.kld_mean is None
+    assert pairs["one"].increase_stderr == ratio_stderr(pairs["one"].nats, pairs["one"].against_nats)
+    for path, nats in ((folder, pairs["one"].nats), (other, pairs["one"].against_nats)):
+        losses_by_hand, _ = by_hand(path, text, 64, first=32)
+        assert nats == pytest.approx([sum(losses_by_hand[at : at + 31]) for at in range(0, len(losses_by_hand), 31)])
     expert = pairs["one"].artifact
     assert expert.kld_mean is not None
     assert expert.kld_mean > 0.1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from cusprun.anatomy import LayerWidths
 from cusprun.benchmarks.report import UNITS, build_report, figures, write_report
 from cusprun.benchmarks.tables import as_text, bench_table, quality_table, render_markdown, render_table
-from cusprun.benchmarks.tally import REMARK, Divergence, Quality, QualityPair, percent
+from cusprun.benchmarks.tally import REMARK, Divergence, Quality, QualityPair, ratio_stderr
 from cusprun.benchmarks.tasks import score
 from cusprun.errors import InvalidRequest
 from tests.benchmarks.test_speed import row
@@ -88,6 +88,22 @@ def test_figures_for_expert_json(parts: dict[str, Any]) -> None:
     assert all("unit" in value for key, value in found.items() if key not in ("quality", "tasks"))
 
 
+def test_how_sure_the_increase_is_stands_in_the_report_and_its_tables(parts: dict[str, Any]) -> None:
+    nats = (900.0, 1000.0, 1100.0), (880.0, 990.0, 1060.0)
+    sure = replace(parts["quality"]["scenario"], nats=nats[0], against_nats=nats[1])
+    report = build_report(**{**parts, "quality": {"scenario": sure, "general": parts["quality"]["general"]}})
+    corpora = report["quality"]["corpora"]
+    stderr = ratio_stderr(*nats)
+    assert stderr is not None
+    assert corpora["scenario"]["bits_per_byte_increase_stderr"] == stderr
+    assert corpora["general"]["bits_per_byte_increase_stderr"] is None
+    shown = f"+2.2 ± {100 * stderr:.1f} %"
+    for text in (render_table(report), render_markdown(report), "\n".join(sure.as_lines())):
+        assert shown in text
+    assert max(map(len, render_table(report).splitlines())) <= 88
+    assert sure.as_json()["bits_per_byte_increase_stderr"] == stderr
+
+
 def test_table_fits_and_shows_every_figure(parts: dict[str, Any]) -> None:
     text = render_table(build_report(**parts))
     assert max(map(len, text.splitlines())) <= 88
@@ -113,10 +129,6 @@ def test_bench_of_one_file_has_its_name(parts: dict[str, Any]) -> None:
 def test_quality_without_dense() -> None:
     text = as_text(quality_table({"text": {"expert": {**quality(24.1, False).__dict__}}}))
     assert "24.10 ± 0.41" in text
-
-
-def test_percent() -> None:
-    assert [percent(x) for x in (0.0213, 0.0051, -0.2, 0.00996)] == ["+2.1 %", "+0.51 %", "-20.0 %", "+1.0 %"]
 
 
 def test_markdown(parts: dict[str, Any]) -> None:

@@ -127,6 +127,8 @@ def test_bits_per_byte_equal_a_plain_computation(dense: Path, trimmed: Path, sco
     assert pair.artifact.tokens > pair.against.tokens
     assert pair.ratios["perplexity"] is None
     assert pair.increase == pytest.approx(pair.artifact.bits_per_byte / pair.against.bits_per_byte - 1)
+    assert sum(pair.nats) / sum(pair.against_nats) == pytest.approx(1 + pair.increase)
+    assert len(pair.nats) == len(pair.against_nats)
 
 
 def test_a_model_that_begins_texts_with_a_token(tmp_path: Path) -> None:
