@@ -25,6 +25,7 @@ from cusprun.layerwise import Kind, LayerwiseModel
 from cusprun.least_squares import refitted
 from cusprun.progress import say, track
 from cusprun.refit import DOWN, OUTPUT, group_columns
+from cusprun.sinks import scales
 from cusprun.statistics import Batch, walk
 from cusprun.surgeon import choose_columns, choose_groups
 
@@ -163,8 +164,9 @@ class _Cuts:
             if batch.dimension == PROBES:
                 probes.append(batch)
                 continue
-            self.channels.add(batch.channels, 0)
-            self.heads.add(batch.heads, 0)
+            scale = scales(batch.norm)
+            self.channels.add(batch.channels * scale, 0)
+            self.heads.add(batch.heads * scale, 0)
         self.inner = torch.cat([batch.channels for batch in probes])
         self.read = torch.cat([batch.heads for batch in probes])
         self.window = probes[0].window

@@ -23,7 +23,7 @@ from cusprun.progress import say
 VERSIONS = {
     "text": 3,
     "prices": 4,
-    "sensitivity": 3,
+    "sensitivity": 4,
     "sizes": 1,
     "rounding": 1,
     "spend": 3,

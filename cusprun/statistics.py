@@ -39,6 +39,7 @@ class Batch:
     channels: torch.Tensor  # inputs of down_proj, (tokens, channels)
     heads: torch.Tensor  # inputs of o_proj, (tokens, query heads * head_dim)
     out: torch.Tensor  # hidden state after the layer, (tokens, hidden)
+    norm: torch.Tensor  # of the hidden state, the larger of before and after the layer, (tokens, 1)
     # what a norm behind the block divides by, (tokens, 1): the root of the mean square of down_proj's, o_proj's output
     channel_norm: torch.Tensor | None = None
     head_norm: torch.Tensor | None = None
@@ -78,6 +79,8 @@ def walk(
 
 def _batches(layer: Any, layers: LayerwiseModel, hidden: dict[str, torch.Tensor], batch_tokens: int) -> Iterator[Batch]:
     """Takes ``hidden``, dimension to (n, window, hidden), through one layer in place."""
+    import torch
+
     seen: dict[str, torch.Tensor] = {}
 
     norms: dict[str, torch.Tensor] = {}
@@ -101,13 +104,16 @@ def _batches(layer: Any, layers: LayerwiseModel, hidden: dict[str, torch.Tensor]
             step = max(1, batch_tokens // states.shape[1])
             for start in range(0, len(states), step):
                 batch = states[start : start + step].to(layers.device)
+                norm = batch.norm(dim=-1, keepdim=True)
                 out = layers.forward(layer, batch)
+                norm = torch.maximum(norm, out.norm(dim=-1, keepdim=True)).flatten(0, 1)
                 states[start : start + step] = out.to(states.device)
                 heads = seen["attention"] if attention else seen["ffn"][:, :0]  # a layer without attention reads none
                 flat = out.flatten(0, 1)
                 yield Batch(
-                    name, start, states.shape[1], seen["ffn"], heads, flat, norms.get("ffn"), norms.get("attention")
-                )
+                    name, start, states.shape[1], seen["ffn"], heads, flat, norm,
+                    norms.get("ffn"), norms.get("attention"),
+                )  # fmt: skip
     finally:
         for handle in handles:
             handle.remove()

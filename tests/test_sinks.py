@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from cusprun import refit as refitting
+from cusprun import sensitivity
 from cusprun.anatomy import LayerWidths, describe
+from cusprun.checkpoint import load_model
 from cusprun.gauss_newton import Windows
 from cusprun.gram import Gram
 from cusprun.layerwise import LayerwiseModel
@@ -94,3 +97,34 @@ def test_a_refit_counts_errors_by_their_scales(tmp_path: Path, form: Form, monke
     refit(folder, describe(folder), widths, {"task": WINDOWS}, tmp_path / "refitted", form=form)
     assert len(silent) > len(widths)
     assert not any(each.any() for each in silent)
+
+
+def test_what_a_cut_costs_is_measured_with_the_same_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer's own norms decide: the larger of before and after it; what counts nothing is in no moments."""
+    folder = pico.save_model(tmp_path / "dense")
+    windows = {"task": WINDOWS[:8]}
+    with torch.no_grad():
+        found = load_model(folder)(torch.from_numpy(WINDOWS[:8]), output_hidden_states=True).hidden_states[:-1]
+    norms = [torch.maximum(*(each.norm(dim=-1) for each in pair)) for pair in pairwise(found)]
+    told: list[torch.Tensor] = []
+    moments: list[torch.Tensor] = []
+
+    def first_alone(given: torch.Tensor) -> torch.Tensor:
+        told.append(given.view(-1, 64))
+        scale = torch.zeros(len(given) // 64, 64, 1)
+        scale[:, 0] = 1
+        return scale.view(-1, 1)
+
+    def added(self: Gram, x: torch.Tensor, half: int, target: torch.Tensor | None = None) -> None:
+        moments.append(x.view(-1, 64, x.shape[-1]))
+        add(self, x, half, target)
+
+    add = Gram.add
+    monkeypatch.setattr(sensitivity, "scales", first_alone)
+    monkeypatch.setattr(Gram, "add", added)
+    sensitivity.measure(folder, describe(folder), windows, WINDOWS[:2])
+    assert len(told) == len(describe(folder).layers)
+    for given, expected in zip(told, norms, strict=False):  # what comes out of the last layer is normed there
+        torch.testing.assert_close(given, expected, rtol=1e-2, atol=1e-2)
+    assert moments
+    assert all(each[:, 0].any() and not each[:, 1:].any() for each in moments)
