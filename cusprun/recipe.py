@@ -23,7 +23,7 @@ from cusprun.quants import TYPES, parse_override
 
 DEFAULT_RATIO = 0.25
 DEFAULT_MODEL = "smollm2-135m-instruct"
-DEFAULT_TOKENS = 65536
+DEFAULT_TOKENS = 49152
 WINDOW = 512
 ROUNDING_STRIDE = 4  # of the calibration windows every fourth gives the importance matrix, and what GPTQ rounds by
 

@@ -26,7 +26,7 @@ VERSIONS = {
     "sensitivity": 4,
     "sizes": 1,
     "rounding": 1,
-    "spend": 3,
+    "spend": 4,
     "trim": 1,
     "retext": 2,
     "statistics": 2,

@@ -14,7 +14,7 @@ from math import inf
 from cusprun.anatomy import Anatomy, LayerWidths
 from cusprun.anatomy.structure import MIN_FFN
 from cusprun.errors import InvalidRequest
-from cusprun.program import GAP, Choice, Infeasible, Range, interpolate, reach, solve, sums
+from cusprun.program import Choice, Infeasible, Range, interpolate, reach, solve, sums
 from cusprun.sensitivity import LayerSensitivity
 
 TOLERANCES = (0.0025, 0.01, 0.03)  # of what the dense model weighs; the wider ones for coarse models
@@ -129,10 +129,10 @@ def _least_loss(offered: Sequence[Sequence[Choice]], low: float, high: float) ->
     The least loss is where little more than ``low`` goes, and without the other end far fewer choices are worth while.
     """
     taken = [[Choice(choice.loss, (-choice.amounts[0],)) for choice in group] for group in offered]
-    chosen = solve(taken, [Range(-inf, -low)], GAP)
+    chosen = solve(taken, [Range(-inf, -low)])
     if -sums(taken, chosen)[0] <= high:
         return chosen
-    return solve(offered, [Range(low, high)], GAP)  # the models are so coarse that the end that is left out binds
+    return solve(offered, [Range(low, high)])  # the models are so coarse that the end that is left out binds
 
 
 Option = tuple[LayerWidths | None, float]

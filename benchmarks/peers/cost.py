@@ -58,17 +58,22 @@ def importance(dense: Dense, windows: np.ndarray) -> list[LayerImportance]:
 
 
 def refit_statistics(dense: Dense, windows: np.ndarray) -> None:
-    """The second moments that refit takes of every layer's two matrices, over two halves of the windows."""
+    """The second moments that refit takes of every layer's two matrices, over two halves of the windows, its short
+    windows included.
+    """
     from cusprun.gram import Gram
+    from cusprun.sinks import scales, starts
     from cusprun.statistics import walk
 
     anatomy = dense.anatomy
-    for index, batches in walk(dense.folder, anatomy, {"text": windows}, label="moments", batch_tokens=BATCH):
+    texts = {"text": windows, "starts": starts(windows)}
+    for index, batches in walk(dense.folder, anatomy, texts, label="moments", batch_tokens=BATCH):
         widths = anatomy.layers[index]
         channels, heads = Gram.empty(widths.ffn), Gram.empty(widths.heads * anatomy.head_dim)
         for batch in batches:
-            channels.add_batch(batch.channels, batch)
-            heads.add_batch(batch.heads, batch)
+            scale = scales(batch.norm)
+            channels.add_batch(batch.channels * scale, batch)
+            heads.add_batch(batch.heads * scale, batch)
 
 
 def timed(work: Callable[[], Any]) -> dict[str, float]:

@@ -25,7 +25,7 @@ from cusprun.files import sha256_file
 from cusprun.progress import say
 from cusprun.recipe import DEFAULT_MODEL, DEFAULT_TOKENS, WINDOW
 
-EVAL_TOKENS = 4096
+EVAL_TOKENS = 12288
 FILTERS = ("scenario", "ratio", "method")
 
 
