@@ -23,8 +23,9 @@ from cusprun.corpora.cache import cache_folder
 from cusprun.errors import Failed, InvalidRequest
 from cusprun.files import sha256_file
 from cusprun.progress import say
-from cusprun.recipe import DEFAULT_MODEL, DEFAULT_TOKENS, WINDOW
+from cusprun.recipe import DEFAULT_MODEL, WINDOW
 
+TOKENS = 65536  # more than a build's default, which has to be done in ten minutes
 EVAL_TOKENS = 12288
 FILTERS = ("scenario", "ratio", "method")
 
@@ -59,7 +60,7 @@ def parse(study: Study, arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--list", action="store_true", help="print the cells' names and leave")
     add("--model", default=DEFAULT_MODEL, help="the dense model")
     add("--corpus", type=Path, help="your own text as the only scenario")
-    add("--tokens", type=int, default=DEFAULT_TOKENS, help="calibration tokens")
+    add("--tokens", type=int, default=TOKENS, help="calibration tokens")
     add("--window", type=int, default=WINDOW, help="tokens of a calibration window")
     add("--eval-tokens", type=int, default=EVAL_TOKENS, help="tokens of each held-out text")
     add("--questions", type=int, default=study.questions, help="most multiple-choice questions")
@@ -176,7 +177,7 @@ class Telling:
         given: Mapping[str, tuple[Any, Any]] = {
             "model": (Path(self.options.model).name, DEFAULT_MODEL),
             "corpus": (self.options.corpus and self.options.corpus.name, None),
-            "tokens": (self.options.tokens, DEFAULT_TOKENS),
+            "tokens": (self.options.tokens, TOKENS),
             "window": (self.options.window, WINDOW),
             "eval-tokens": (self.options.eval_tokens, EVAL_TOKENS),
             "questions": (self.options.questions, self.study.questions),
