@@ -8,8 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from cusprun.benchmarks.answer_store import AnswerStore, answer_keys, has_store, store_path
 from cusprun.benchmarks.quality import Text, evaluate_corpora, join
 from cusprun.benchmarks.tally import QualityPair
@@ -32,7 +30,6 @@ def evaluate_kept(
     A text that the same files were measured on before, in the same way by the same runtimes, is not measured again
     unless ``fresh``. ``settings`` are those of evaluate_corpora; it raises what that raises.
     """
-    kept = TypeAdapter(QualityPair)
     other = None if against is None else answer_keys(against, [{}], device)[0]
     requests = [
         {"quality": VERSION, "text": _digest(text), "against": other, "settings": settings} for text in corpora.values()
@@ -49,7 +46,7 @@ def evaluate_kept(
             )
             with AnswerStore(store_path()) as store:
                 store.put(keys[name], value)
-        found[name] = kept.validate_python(value)
+        found[name] = QualityPair.of(value)
     return found
 
 

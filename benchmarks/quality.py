@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import TypeAdapter
 
 from cusprun.benchmarks.losses import divergences, losses
 from cusprun.benchmarks.same_bytes import Passages, same_passages
@@ -101,7 +100,7 @@ def evaluate_corpora(
     }
     native = any(path is not None and (path.suffix == ".gguf" or is_onnx(path)) for path in (artifact, against))
     found = run_in_child(_measure, **request) if native else _measure(**request)
-    return {name: TypeAdapter(QualityPair).validate_python(pair) for name, pair in found.items()}
+    return {name: QualityPair.of(pair) for name, pair in found.items()}
 
 
 def join(text: Text) -> str:

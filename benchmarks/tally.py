@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from cusprun.errors import Failed, InvalidRequest
 
@@ -55,6 +56,11 @@ class QualityPair:
     divergence: Divergence | None = None  # where the vocabularies are the same
     nats: tuple[float, ...] = ()  # the artifact's losses, summed by window
     against_nats: tuple[float, ...] = ()  # and those of the other on the same bytes
+
+    @classmethod
+    def of(cls, value: Any) -> QualityPair:
+        """What ``asdict`` made of a pair, from JSON too."""
+        return TypeAdapter(cls).validate_python(value)
 
     @property
     def ratios(self) -> dict[str, float | None]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter
 
 from cusprun.benchmarks import quality, tasks
 from cusprun.benchmarks.losses import losses
@@ -64,7 +63,7 @@ class Gauge:
             return {name: asdict(pair) for name, pair in self._evaluate(self.dense.folder, texts, None).items()}
 
         kept = self._once(f"texts by window {_hash_texts(texts)} {self.eval_tokens}", measure)
-        return TypeAdapter(dict[str, quality.QualityPair]).validate_python(kept)
+        return {name: quality.QualityPair.of(pair) for name, pair in kept.items()}
 
     def _evaluate(
         self, model: Path, texts: Mapping[str, list[str]], against: Path | None

@@ -157,7 +157,7 @@ def page(
         f"# {study.title}", "", f"`{telling.command()}`", "", study.about, "",
         f"{Path(options.model).name}, {options.tokens:,} calibration tokens in windows of {options.window} unless a "
         f"column says otherwise; figures are the increase of bits per byte over the dense model in %, ± its standard "
-        f"error (paired by window; none in cells measured before 2026-11-30), on "
+        f"error, paired by window, where that was measured, on "
         f"{options.eval_tokens:,} tokens of each text, second half of windows of 512, model folders in torch "
         f"({options.device})" + "".join(f"; *{text}*: {COLUMNS[text]}" for text in texts if text in COLUMNS)
         + ". The seconds are those of the prune's stages, those shared with other cells included.",
