@@ -49,6 +49,7 @@ class Point:
     decode_tps: Spread | None = None
     prefill_tps: Spread | None = None
     peak_rss_bytes: int | None = None
+    increase_stderr: dict[str, float | None] = field(default_factory=dict)  # paired by window; None of one window
     samples: dict[str, list[float]] = field(default_factory=dict)  # decode_tps of every round; none in old records
 
     def figures(self, text: str) -> Figures:
@@ -99,11 +100,11 @@ def compare(
         raise InvalidRequest(f"two artifacts are called {max(names, key=names.count)}: rename one")
     settings = {"context": context, "max_tokens": max_tokens, "device": device}
     hashed = {path: artifact_sha256(path) for path in (reference, *(one.path for one in candidates))}
-    own = _quality(reference, None, hashed, texts, settings, threads)
+    own = _reference(reference, texts, settings, threads)
     points = []
     for number, one in enumerate(candidates, 1):
         say(f"quality of {one.name} ({number} of {len(candidates)})")
-        points.append(_point(one, own, _quality(one.path, reference, hashed, texts, settings, threads)))
+        points.append(_point(one, own, _increases(one.path, reference, hashed, texts, settings, threads)))
     if repetitions is not None:
         rows = bench(
             [one.path for one in candidates], repetitions=repetitions, threads=threads, device=device,
@@ -117,7 +118,7 @@ def compare(
     text = next(iter(texts))
     how = f"over the same bytes in windows of {context} tokens, held against {reference.name}"
     return {
-        "how": f"{how}; {_speed(repetitions)}",
+        "how": f"{how}, ± one standard error, paired by window; {_speed(repetitions)}",
         "text": text,
         "texts": list(texts),
         "rows": [_row(point, points, text) for point in points],
@@ -136,28 +137,32 @@ def _speed(repetitions: int | None) -> str:
     return f"speed: {repetitions} rounds in alternation, pp512 and tg128; {told}, {memory}"
 
 
-def _quality(
+def _reference(
+    path: Path, texts: Mapping[str, Sequence[str]], settings: Mapping[str, Any], threads: int | None
+) -> dict[str, float]:
+    """Text -> bits per byte of the reference; what was measured before is in the cache."""
+    pairs = evaluate_kept(path, texts, special=True, threads=threads, **settings)
+    return {name: pair.artifact.bits_per_byte for name, pair in pairs.items()}
+
+
+def _increases(
     path: Path,
-    reference: Path | None,
+    reference: Path,
     hashed: Mapping[Path, str],
     texts: Mapping[str, Sequence[str]],
     settings: Mapping[str, Any],
     threads: int | None,
-) -> dict[str, float]:
-    """Text -> bits per byte, or with a reference the increase over its; what was measured before is in the cache."""
-    if reference is not None and hashed[path] == hashed[reference]:
-        return dict.fromkeys(texts, 0.0)
+) -> dict[str, tuple[float, float | None]]:
+    """Text -> increase of bits per byte over the reference's and its standard error; the reference's own is nothing."""
+    if hashed[path] == hashed[reference]:
+        return dict.fromkeys(texts, (0.0, None))
     pairs = evaluate_kept(path, texts, against=reference, special=True, threads=threads, **settings)
-    if reference is None:
-        return {name: pair.artifact.bits_per_byte for name, pair in pairs.items()}
-    return {
-        name: pair.artifact.bits_per_byte / pair.against.bits_per_byte - 1
-        for name, pair in pairs.items()
-        if pair.against is not None
-    }
+    return {name: (pair.increase, pair.increase_stderr) for name, pair in pairs.items() if pair.increase is not None}
 
 
-def _point(one: Candidate, reference: Mapping[str, float], increase: Mapping[str, float]) -> Point:
+def _point(
+    one: Candidate, reference: Mapping[str, float], increases: Mapping[str, tuple[float, float | None]]
+) -> Point:
     price = cost(one.path)
     return Point(
         name=one.name,
@@ -166,8 +171,9 @@ def _point(one: Candidate, reference: Mapping[str, float], increase: Mapping[str
         quant=price.quant,
         file_bytes=price.file_bytes,
         parameters=price.parameters,
-        bits_per_byte={name: reference[name] * (1 + share) for name, share in increase.items()},
-        increase=dict(increase),
+        bits_per_byte={name: reference[name] * (1 + share) for name, (share, _) in increases.items()},
+        increase={name: share for name, (share, _) in increases.items()},
+        increase_stderr={name: stderr for name, (_, stderr) in increases.items()},
     )
 
 
@@ -254,7 +260,7 @@ def frontier_table(found: Mapping[str, Any]) -> Grid:
                 row["name"],
                 f"{row['file_bytes'] / 1e6:.1f}",
                 f"{row['bits_per_byte'][text]:.4f}",
-                percent(row["increase"][text]),
+                percent(row["increase"][text], row["increase_stderr"].get(text)),
                 "" if decode is None else f"{decode['mean']:.1f} ± {decode['sd']:.1f}",
                 "" if memory is None else f"{memory / 1e6:.0f}",
                 "yes" if row["dominated"] else "no",

@@ -15,6 +15,7 @@ from cusprun.benchmarks.report_page.plots import Plot
 from cusprun.benchmarks.report_page.reading import Measured
 from cusprun.benchmarks.report_page.svg import DENSE, EXPERT, GIVEN, INK, PAPER, as_svg, canvas
 from cusprun.benchmarks.tables import Grid
+from cusprun.benchmarks.tally import percent
 
 MB = 1e6
 MARKS: dict[str, dict[str, Any]] = {
@@ -37,6 +38,7 @@ class Row:
     tps: Mapping[str, float] | None  # mean, sd, n of decoding
     rss: int | None
     remark: str = ""
+    over: Mapping[str, tuple[float, float | None]] = field(default_factory=dict)  # reference, and standard error
     rounds: Mapping[str, Sequence[float]] = field(default_factory=dict)  # decoding, by the bench they were rounds of
 
     def figures(self, text: str) -> Figures:
@@ -78,7 +80,7 @@ def given_frontier(report: Mapping[str, Any]) -> Frontier | None:
         return None
     rows = tuple(
         Row(row["name"], row["kind"], f"{row['format']} {row['quant']}", row["file_bytes"], row["bits_per_byte"],
-            row["decode_tps"], row["peak_rss_bytes"], row["remark"],
+            row["decode_tps"], row["peak_rss_bytes"], row["remark"], _over(row),
             {"": row.get("samples", {}).get("decode_tps", [])})
         for row in found["rows"]
     )  # fmt: skip
@@ -88,6 +90,11 @@ def given_frontier(report: Mapping[str, Any]) -> Frontier | None:
     if any(row.tps for row in rows) and not any(row.rounds[""] for row in rows):  # a record of before
         how.append("speeds and memory were compared as they are, noise and all")
     return Frontier(rows, found["text"], verdicts, "; ".join(how), marked)
+
+
+def _over(row: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
+    errors = row.get("increase_stderr", {})
+    return {text: (share, errors.get(text)) for text, share in row.get("increase", {}).items()}
 
 
 def own_frontiers(experts: Sequence[Measured]) -> list[tuple[Frontier, dict[int, Row]]]:
@@ -138,7 +145,9 @@ def frontier_plots(frontier: Frontier, prefix: str) -> list[Plot]:
 def frontier_table(frontier: Frontier) -> Grid:
     """Every row, numbered as in the plots."""
     texts = list(dict.fromkeys(text for row in frontier.rows for text in row.bits))
-    headers = ("no.", "artifact", "kind", "type", "MB", *(f"bits/byte {text}" for text in texts), "decode tok/s",
+    held = [text for text in texts if any(text in row.over for row in frontier.rows)]
+    headers = ("no.", "artifact", "kind", "type", "MB", *(f"bits/byte {text}" for text in texts),
+               *(f"over reference {text}" for text in held), "decode tok/s",
                "RSS MB", "dominated", "remark")  # fmt: skip
     rows = tuple(
         (
@@ -148,6 +157,7 @@ def frontier_table(frontier: Frontier) -> Grid:
             row.type,
             f"{row.bytes / MB:.1f}",
             *(f"{row.bits[text]:.4f}" if text in row.bits else "" for text in texts),
+            *(percent(*row.over[text]) if text in row.over else "" for text in held),
             "" if row.tps is None else f"{row.tps['mean']:.1f} ± {row.tps['sd']:.1f}",
             "" if row.rss is None else f"{row.rss / MB:.1f}",
             "yes" if frontier.dominated(row) else "no",

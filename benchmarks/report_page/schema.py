@@ -175,6 +175,8 @@ class Compared(Part):
     bits_per_byte: dict[str, Positive]
     dominated: bool
     remark: str
+    increase: dict[str, Number] = {}  # none in old records
+    increase_stderr: dict[str, Number | None] = {}
     samples: Samples = Samples()
 
 

@@ -12,8 +12,10 @@ import pytest
 
 from cusprun.benchmarks.contenders import compare_artifacts, find_candidates
 from cusprun.benchmarks.frontier import Point, compare, dominating, frontier_table, remark, verdicts
+from cusprun.benchmarks.kept_quality import evaluate_kept
 from cusprun.benchmarks.quality import evaluate
 from cusprun.benchmarks.speed import Spread
+from cusprun.benchmarks.tally import percent
 from cusprun.errors import InvalidRequest
 from cusprun.exporters.gguf import export_gguf
 from cusprun.exporters.onnx import export_onnx
@@ -134,6 +136,11 @@ def test_artifacts_of_all_kinds_are_compared_over_the_same_bytes(
     assert rows[gguf.stem]["increase"] == {"t": 0.0}
     assert rows[gguf.stem]["bits_per_byte"]["t"] == pytest.approx(own.bits_per_byte)
     assert rows["onnx"]["bits_per_byte"]["t"] == pytest.approx(own.bits_per_byte, rel=1e-4)
+    beside = evaluate_kept(tmp_path / "q4_0.gguf", {"t": [text]}, against=gguf, special=True, context=64,
+                           max_tokens=None)["t"]  # fmt: skip
+    assert beside.increase_stderr is not None
+    assert rows["q4_0"]["increase_stderr"] == {"t": beside.increase_stderr}
+    assert rows[gguf.stem]["increase_stderr"] == {"t": None}
     assert rows["q4_0"]["file_bytes"] == (tmp_path / "q4_0.gguf").stat().st_size
     assert rows["q4_0"]["decode_tps"] is None
     assert {line.split()[0].rstrip(":") for line in found["verdicts"]} == set(rows)  # each was given: words on each
@@ -141,6 +148,7 @@ def test_artifacts_of_all_kinds_are_compared_over_the_same_bytes(
     assert compare(candidates, {"t": [text]}, reference=gguf, context=64, repetitions=None) == found
     assert " of t: " not in capfd.readouterr().err
     assert frontier_table(found).rows[0][0] == "q4_0"
+    assert frontier_table(found).rows[0][3] == percent(beside.increase, beside.increase_stderr)
 
 
 def test_speed_and_memory_join(folder: Path, gguf: Path, text: str, tmp_path: Path) -> None:

@@ -267,6 +267,11 @@ def test_frontier_is_drawn_with_its_table(tmp_path: Path) -> None:
         row["decode_tps"] = None
     page = write_pages(make_expert(tmp_path / "f", make_report(frontier=untimed)))[0].read_text()
     assert page.count("<figure ") == 5
+    assert "over reference" not in page  # of an old record nothing is known of it
+    for row, error in zip(untimed["rows"], (0.004, None, 0.006), strict=True):
+        row |= {"increase": {"scenario": 0.02}, "increase_stderr": {"scenario": error}}
+    page = write_pages(make_expert(tmp_path / "g", make_report(frontier=untimed)))[0].read_text()
+    assert [page.count(figure) for figure in ("over reference scenario", "+2.0 ± 0.4 %", "+2.0 %")] == [1, 1, 1]
 
 
 def test_many_experts_share_a_page_and_a_frontier_of_the_same_text(tmp_path: Path) -> None:
