@@ -171,8 +171,10 @@ def ratio_stderr(one: Sequence[float], other: Sequence[float]) -> float | None:
     return math.sqrt(n / (n - 1) * sum(each * each for each in residuals)) / sum(other)
 
 
-def percent(share: float, stderr: float | None = None) -> str:
-    """0.0213 as +2.1 %, with two digits after the point below 1 %; with a standard error +2.1 ± 0.4 %."""
+def percent(share: float | None, stderr: float | None = None) -> str:
+    """0.0213 as +2.1 %, with two digits below 1 %; with a standard error +2.1 ± 0.4 %; None as nothing."""
+    if share is None:
+        return ""
     digits = 1 if abs(share) >= 0.00995 else 2
     spread = "" if stderr is None else f" ± {100 * stderr:.{digits}f}"
     return f"{100 * share:+.{digits}f}{spread} %"

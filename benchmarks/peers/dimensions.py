@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from cusprun.benchmarks.peers.grid import Cell
 from cusprun.benchmarks.peers.scenes import EN_LEGAL_QA, Scene, made_scene
 from cusprun.benchmarks.peers.study import Study, main_of
-from cusprun.benchmarks.peers.study_page import Row, percent
+from cusprun.benchmarks.peers.study_page import Row
 from cusprun.benchmarks.peers.study_picture import bars
+from cusprun.benchmarks.tally import percent
 
 METHODS = ("refit", "cus-prun")
 RATIO = 0.25

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from cusprun.benchmarks.peers.grid import Cell
 from cusprun.benchmarks.peers.scenes import EN_LEGAL_QA, Scene
 from cusprun.benchmarks.peers.study import Study, main_of
-from cusprun.benchmarks.peers.study_page import Row, percent
+from cusprun.benchmarks.peers.study_page import Row
 from cusprun.benchmarks.peers.study_picture import curves
+from cusprun.benchmarks.tally import percent
 
 METHODS = ("cus-prun", "refit")
 EPSILONS = (0.003, 0.004, 0.005, 0.006, 0.0075, 0.01)  # next to nothing to half of SmolLM2-135M

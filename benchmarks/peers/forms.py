@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from cusprun.benchmarks.peers.grid import Cell
 from cusprun.benchmarks.peers.scenes import Scene
 from cusprun.benchmarks.peers.study import Study, main_of
-from cusprun.benchmarks.peers.study_page import ASIDE, Row, percent, show
+from cusprun.benchmarks.peers.study_page import ASIDE, Row, show
 from cusprun.benchmarks.peers.study_picture import bars
+from cusprun.benchmarks.tally import percent
 
 FORMS = ("joint", "sequential", "parallel")
 RATIOS = (0.25, 0.5)

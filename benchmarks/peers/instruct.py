@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from cusprun.benchmarks.peers.grid import Cell
 from cusprun.benchmarks.peers.scenes import EN_LEGAL_QA, Scene, made_scene
 from cusprun.benchmarks.peers.study import Study, main_of
-from cusprun.benchmarks.peers.study_page import Row, percent, show
+from cusprun.benchmarks.peers.study_page import Row, show
 from cusprun.benchmarks.peers.study_picture import bars
+from cusprun.benchmarks.tally import percent
 
 METHODS = ("refit", "cus-prun")
 RATIOS = (0.25, 0.5)

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from cusprun.benchmarks.peers.grid import Cell
 from cusprun.benchmarks.peers.scenes import Scene
 from cusprun.benchmarks.peers.study import Study, main_of
-from cusprun.benchmarks.peers.study_page import Row, percent, show
+from cusprun.benchmarks.peers.study_page import Row, show
 from cusprun.benchmarks.peers.study_picture import curves
+from cusprun.benchmarks.tally import percent
 
 METHODS = ("refit", "cus-prun", "llm-pruner", "flap", "wanda-sp", "slicegpt", "shortgpt", "magnitude", "random")
 RATIOS = (0.25, 0.5, 0.125, 0.33)  # in the order of what is promised

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from cusprun.benchmarks.peers.grid import Cell
 from cusprun.benchmarks.peers.scenes import Scene, made_scene
 from cusprun.benchmarks.peers.study import Study, main_of
-from cusprun.benchmarks.peers.study_page import Row, percent, show
+from cusprun.benchmarks.peers.study_page import Row, show
 from cusprun.benchmarks.peers.study_picture import bars
+from cusprun.benchmarks.tally import percent
 
 RATIOS = (0.25, 0.33, 0.5)
 METHODS = ("refit", "cus-prun", "flap")

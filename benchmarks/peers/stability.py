@@ -35,8 +35,9 @@ from cusprun.benchmarks.peers.selections import (
     replacements,
 )
 from cusprun.benchmarks.peers.study import Study, main_of
-from cusprun.benchmarks.peers.study_page import Row, percent
+from cusprun.benchmarks.peers.study_page import Row
 from cusprun.benchmarks.peers.study_picture import bars
+from cusprun.benchmarks.tally import percent
 from cusprun.checkpoint import load_tokenizer
 from cusprun.corpora.selection import read_aside, read_windows
 from cusprun.errors import InvalidRequest

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cusprun.benchmarks.environment import environment
+from cusprun.benchmarks.tally import percent
 from cusprun.files import write_json, written_whole
 
 if TYPE_CHECKING:
@@ -255,13 +256,6 @@ def write_table(path: Path, rows: Sequence[Sequence[str]]) -> None:
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
-
-
-def percent(share: float | None, stderr: float | None = None) -> str:
-    """A signed increase such as +5.3 %, with a standard error +5.3 ± 0.4 %."""
-    if share is None:
-        return ""
-    return f"{100 * share:+.1f}{'' if stderr is None else f' ± {100 * stderr:.1f}'} %"
 
 
 def show(label: str, value: Any) -> str:

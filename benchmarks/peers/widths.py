@@ -11,8 +11,9 @@ from typing import Any
 from cusprun.benchmarks.peers.grid import Cell
 from cusprun.benchmarks.peers.scenes import Scene
 from cusprun.benchmarks.peers.study import Study, main_of
-from cusprun.benchmarks.peers.study_page import Row, percent, show
+from cusprun.benchmarks.peers.study_page import Row, show
 from cusprun.benchmarks.peers.study_picture import bars
+from cusprun.benchmarks.tally import percent
 
 RATIOS = (0.25, 0.5)
 LESS = 0.15  # promised: the program's increase is at least this share smaller than that of equal widths

@@ -28,6 +28,7 @@ from cusprun.benchmarks.peers.grid import SAME_ORDER, Cell, Grid, Setup, flags_a
 from cusprun.benchmarks.peers.scenes import EN_LEGAL_QA, MADE, Scene, made_scene, own_scene
 from cusprun.benchmarks.peers.study import Study, Telling, chosen, parse, run_study
 from cusprun.benchmarks.peers.study_page import ASIDE, Row, as_row, write_pages
+from cusprun.benchmarks.tally import percent
 from cusprun.flags import PRUNING
 from cusprun.recipe import make_recipe
 from cusprun.stages import VERSIONS
@@ -183,8 +184,7 @@ def test_an_interrupted_study_goes_on(tmp_path: Path, pico_model: Path, own_text
     assert "| dense |" in page
     for cell in cells.values():
         text = cell["texts"]["scenario"]
-        shown = f"{100 * (text['bits_per_byte'] / text['dense'] - 1):+.1f} ± {100 * text['increase_stderr']:.1f} %"
-        assert shown in page
+        assert percent(text["bits_per_byte"] / text["dense"] - 1, text["increase_stderr"]) in page
 
     # a machine without the cells finds them in the page's JSON, under the same texts and versions
     elsewhere = command(tmp_path, pico_model, own_text, *wanted)

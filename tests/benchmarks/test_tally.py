@@ -37,3 +37,4 @@ def test_percent() -> None:
     assert [percent(x) for x in (0.0213, 0.0051, -0.2, 0.00996)] == ["+2.1 %", "+0.51 %", "-20.0 %", "+1.0 %"]
     assert percent(0.0932, 0.0117) == "+9.3 ± 1.2 %"
     assert percent(0.0051, 0.0011) == "+0.51 ± 0.11 %"
+    assert percent(None) == ""
