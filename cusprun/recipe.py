@@ -87,7 +87,7 @@ class Recipe(BaseModel):
     recover_rank: int = Field(8, ge=1, le=256, description="rank of the adapters")
     recover_tokens: int = Field(65536, ge=1024, description="calibration tokens that recovery reads in all")
     recover_steps: int | None = Field(None, ge=1, description="updates of recovery; default: one for each window")
-    recover_rate: float = Field(1e-4, gt=0, lt=1, description="learning rate of recovery")
+    recover_rate: float = Field(1e-3, gt=0, lt=1, description="learning rate of recovery; larger models want less")
     format: tuple[Literal["gguf", "onnx"], ...] = Field((), description="formats to write; default: those of quant")
     quant: tuple[Quant, ...] = Field(("q8_0",), min_length=1, description="types to write, of GGUF and of ONNX")
     rounding: Rounding = Field(

@@ -284,6 +284,8 @@ class Grid:
         contents["widths"] = recipe.cuts_by if recipe.method == "refit" else None
         if recipe.method != "refit":  # the form decides nothing there: the key of when this was the default
             contents["form"] = "sequential"
+        if recipe.recover is None:  # nor its rate without recovery
+            contents["recover_rate"] = 1e-4
         apart = LATER if recipe.method == "refit" else LATER | REFIT_ALONE
         versions = {stage: number for stage, number in VERSIONS.items() if stage not in apart}
         if recipe.vocab == "keep":

@@ -21,6 +21,7 @@ from typing import Any
 from cusprun.benchmarks.cost import cost
 from cusprun.benchmarks.environment import environment
 from cusprun.benchmarks.peers.recovery_page import draw, page, write_csv
+from cusprun.benchmarks.peers.study import EVAL_TOKENS
 from cusprun.benchmarks.quality import evaluate_corpora
 from cusprun.corpora.cache import cache_folder
 from cusprun.corpora.selection import read_texts, read_windows
@@ -87,6 +88,7 @@ def study(out: Path, work: Path, settings: dict[str, Any]) -> dict[str, Any]:
             "parameters": cost(model).parameters,
             "recovery": report,
             "quality": {text: asdict(pair.artifact) for text, pair in read.items()},
+            "nats": {text: pair.nats for text, pair in read.items()},  # of each window
         }
         write_json(path, found)
         say(f"{name}: done")
@@ -124,7 +126,7 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ratio", type=float, default=0.25)
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--eval-tokens", type=int, default=8192)
+    parser.add_argument("--eval-tokens", type=int, default=EVAL_TOKENS)
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -134,13 +136,13 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = vars(read_options(arguments))
+    options, usual = vars(read_options(arguments)), vars(read_options([]))
     out, work = options.pop("out"), options.pop("work")
     found = study(out, work, options)
     write_csv(out.with_suffix(".csv"), found)
     draw(out.with_suffix(".png"), found)
     with written_whole(out.with_suffix(".md")) as part:
-        part.write_text(page(found, out.name), encoding="utf-8")
+        part.write_text(page(found, out.name, usual), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import csv
+import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cusprun.benchmarks.tally import percent, ratio_stderr
 from cusprun.files import written_whole
 
 REFERENCE = "dense"
 
 
-def increases(found: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """By arm and text, bits per byte over those of the dense model, minus 1."""
+@dataclass(frozen=True)
+class Over:
+    """What an arm has over the dense model on one text."""
+
+    increase: float  # of bits per byte, as a share
+    stderr: float | None  # of it, paired by window; None of one window
+
+    def __str__(self) -> str:
+        return percent(self.increase, self.stderr)
+
+
+def increases(found: dict[str, Any]) -> dict[str, dict[str, Over]]:
+    """By arm and text; nothing is removed from the vocabulary, so that all arms read the same windows."""
     cells = found["cells"]
-    dense = {text: quality["bits_per_byte"] for text, quality in cells[REFERENCE]["quality"].items()}
-    return {
-        arm: {text: quality["bits_per_byte"] / dense[text] - 1 for text, quality in cell["quality"].items()}
-        for arm, cell in cells.items()
-    }
+    dense = cells[REFERENCE]
+
+    def over(cell: dict[str, Any], text: str) -> Over:
+        ratio = cell["quality"][text]["bits_per_byte"] / dense["quality"][text]["bits_per_byte"]
+        return Over(ratio - 1, ratio_stderr(cell["nats"][text], dense["nats"][text]))
+
+    return {arm: {text: over(cell, text) for text in cell["quality"]} for arm, cell in cells.items()}
 
 
 def write_csv(path: Path, found: dict[str, Any]) -> None:
@@ -32,6 +48,7 @@ def write_csv(path: Path, found: dict[str, Any]) -> None:
                 "text",
                 "bits_per_byte",
                 "increase",
+                "increase_stderr",
                 "perplexity",
                 "tokens",
                 "seconds",
@@ -43,8 +60,8 @@ def write_csv(path: Path, found: dict[str, Any]) -> None:
             trained = cell["recovery"]["tokens"] if cell["recovery"] else 0
             for text, quality in cell["quality"].items():
                 rows.writerow(
-                    [arm, text, quality["bits_per_byte"], over[arm][text], quality["perplexity"], quality["tokens"],
-                     cell["seconds"], trained, cell["parameters"]]
+                    [arm, text, quality["bits_per_byte"], over[arm][text].increase, over[arm][text].stderr,
+                     quality["perplexity"], quality["tokens"], cell["seconds"], trained, cell["parameters"]]
                 )  # fmt: skip
 
 
@@ -63,7 +80,10 @@ def draw(path: Path, found: dict[str, Any]) -> None:
     for number, arm in enumerate(arms):
         places = [text - 0.4 + (number + 0.5) * width for text in range(len(texts))]
         label = f"{arm} ({found['cells'][arm]['seconds']:.0f} s)"
-        axis.bar(places, [100 * over[arm][text] for text in texts], width, label=label)
+        heights, errors = zip(
+            *((100 * one.increase, 100 * (one.stderr or 0)) for one in over[arm].values()), strict=True
+        )
+        axis.bar(places, heights, width, yerr=errors, ecolor="0.3", label=label)
     axis.set_xticks(range(len(texts)), texts)
     axis.set_ylabel("bits per byte over dense (%)")
     axis.axhline(0, color="black", linewidth=0.8)
@@ -74,7 +94,29 @@ def draw(path: Path, found: dict[str, Any]) -> None:
     pyplot.close(figure)
 
 
-def page(found: dict[str, Any], name: str) -> str:
+def command(settings: dict[str, Any], usual: dict[str, Any]) -> str:
+    """The command that asks this; ``usual`` are the settings of the command without any option."""
+    words = ["python", "-m", "cusprun.benchmarks.peers.recovery"]
+    for key, value in settings.items():
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None and value != usual[key]:
+                shown = Path(each).name if key in ("model", "corpus") else each
+                words += [f"--{key.replace('_', '-')}", f"{shown:g}" if isinstance(shown, float) else str(shown)]
+    return shlex.join(words)
+
+
+def sentences(over: dict[str, dict[str, Over]]) -> list[str]:
+    """What each text says of the arms, in words."""
+    said = []
+    for text in over[REFERENCE]:
+        arms = {arm: each[text] for arm, each in over.items() if arm != REFERENCE}
+        told = ", ".join(f"{arm} {each}" for arm, each in arms.items())
+        least = min(arms, key=lambda arm: arms[arm].increase)
+        said.append(f"- {text}, bits per byte over dense: {told}; the least is {least}'s.")
+    return said
+
+
+def page(found: dict[str, Any], name: str, usual: dict[str, Any]) -> str:
     """The page under docs/results."""
     settings, cells, over = found["settings"], found["cells"], increases(found)
     texts = list(cells[REFERENCE]["quality"])
@@ -84,7 +126,7 @@ def page(found: dict[str, Any], name: str) -> str:
         recovery = cell["recovery"]
         trained = f"{recovery['tokens']:,}" if recovery else "–"
         figures = [
-            f"{cell['quality'][text]['bits_per_byte']:.3f}" + (f" ({over[arm][text]:+.1%})" if arm != REFERENCE else "")
+            f"{cell['quality'][text]['bits_per_byte']:.3f}" + (f" ({over[arm][text]})" if arm != REFERENCE else "")
             for text in texts
         ]
         rows.append(
@@ -96,14 +138,17 @@ def page(found: dict[str, Any], name: str) -> str:
     lines = [
         "# Pruning, LoRA and both, at equal time",
         "",
-        f"`python -m cusprun.benchmarks.peers.recovery --minutes {settings['minutes']:g}`",
+        f"`{command(settings, usual)}`",
         "",
         f"{Path(settings['model']).name}, {scenario}, {settings['tokens']} calibration tokens in windows of "
         f"{settings['window']}, {settings['ratio']:.0%} of all parameters removed by refit, vocabulary kept; learning "
         f"rate {settings['learning_rate']:g}; {found['environment']['cpu']}. Seconds are those of pruning and "
         f"training, text and measuring left out: pruning took {found['pruning_seconds']:.0f} s, recovery after it gets "
-        f"{60 * settings['minutes']:.0f} s, LoRA alone both together. Bits per byte on held-out text and their change "
-        "against dense.",
+        f"{60 * settings['minutes']:.0f} s, LoRA alone both together. Bits per byte on {settings['eval_tokens']:,} "
+        "tokens of each held-out text, second half of windows, and their increase over dense ± its standard error, "
+        "paired by window. LoRA alone leaves the model as large as it was.",
+        "",
+        *sentences(over),
         "",
         "| arm | parameters | seconds | trained tokens | " + " | ".join(texts) + " |",
         "| --- |" + " --- |" * (3 + len(texts)),

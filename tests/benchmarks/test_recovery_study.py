@@ -6,9 +6,11 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cusprun.benchmarks.peers.recovery import ARMS, main, tokens_in
+from cusprun.benchmarks.tally import percent
 from cusprun.recover import TOKENS
 
 
@@ -40,6 +42,15 @@ def test_every_arm_is_measured_and_kept(
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     page = out.with_suffix(".md").read_text(encoding="utf-8")
     assert all(f"| {arm} |" in page for arm in ARMS)
+    assert "`python -m cusprun.benchmarks.peers.recovery --minutes 0.01 --model pico-llama" in page
+    assert "--learning-rate 0.01`" in page
+    nats = {arm: np.array(cell["nats"]["scenario"]) for arm, cell in cells.items()}
+    assert sum(nats["LoRA"]) / sum(nats["dense"]) == pytest.approx(read["LoRA"] / read["dense"])
+    drawn = np.random.default_rng(0).integers(len(nats["dense"]), size=(2000, len(nats["dense"])))
+    spread = (nats["LoRA"][drawn].sum(1) / nats["dense"][drawn].sum(1)).std()  # bootstrap over windows
+    (row,) = [row for row in rows if (row["arm"], row["text"]) == ("LoRA", "scenario")]
+    assert float(row["increase_stderr"]) == pytest.approx(spread, rel=0.2)
+    assert f"LoRA {percent(float(row['increase']), float(row['increase_stderr']))}" in page
 
     del cells["prune + distill"]  # as where it was interrupted before the last arm
     out.with_suffix(".json").write_text(json.dumps(found), encoding="utf-8")
