@@ -26,7 +26,7 @@ from cusprun.benchmarks.quality import evaluate_corpora
 from cusprun.corpora.cache import cache_folder
 from cusprun.corpora.selection import read_texts, read_windows
 from cusprun.dense import find_dense
-from cusprun.errors import Failed
+from cusprun.errors import Failed, InvalidRequest
 from cusprun.files import write_json, written_whole
 from cusprun.progress import say
 from cusprun.recipe import DEFAULT_MODEL
@@ -138,7 +138,11 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options, usual = vars(read_options(arguments)), vars(read_options([]))
     out, work = options.pop("out"), options.pop("work")
-    found = study(out, work, options)
+    try:
+        found = study(out, work, options)
+    except (InvalidRequest, Failed) as error:
+        say(str(error))
+        sys.exit(error.exit_code)
     write_csv(out.with_suffix(".csv"), found)
     draw(out.with_suffix(".png"), found)
     with written_whole(out.with_suffix(".md")) as part:

@@ -11,6 +11,7 @@ import pytest
 
 from cusprun.benchmarks.peers.recovery import ARMS, main, tokens_in
 from cusprun.benchmarks.tally import percent
+from cusprun.errors import Failed
 from cusprun.recover import TOKENS
 
 
@@ -61,6 +62,18 @@ def test_every_arm_is_measured_and_kept(
     again = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
     assert {arm: again["cells"][arm] for arm in cells} == cells
     assert set(again["cells"]) == set(ARMS)
+
+
+def test_what_cannot_be_pruned_is_told_once(
+    pico_model: Path, own_text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--model", str(pico_model)]
+    with pytest.raises(SystemExit) as left:
+        main([*words, "--corpus", str(own_text), "--ratio", "0.99"])
+    assert left.value.code == Failed("").exit_code
+    said = capfd.readouterr().err
+    assert "what it said stands above" in said
+    assert "Traceback" not in said
 
 
 def test_time_becomes_tokens() -> None:
