@@ -242,6 +242,20 @@ def test_the_form_of_refit_is_in_no_other_method_s_key(tmp_path: Path, pico_mode
     assert keys[2] == keys[3]
 
 
+def test_the_rate_of_a_recovery_that_is_not_asked_for_is_in_no_key(
+    tmp_path: Path, pico_model: Path, own_text: Path
+) -> None:
+    scene = own_scene(own_text)
+    asked = [{}, {"recover_rate": 0.5}, {"recover": "lora"}, {"recover": "lora", "recover_rate": 0.5}]
+    cells = [Cell(str(number), scene, {"ratio": 0.25, **flags}, {}) for number, flags in enumerate(asked)]
+    grid = Grid(Setup(str(pico_model), tmp_path, 2048, 64, 1024, 0), cells, [scene])
+    grid.write_texts(scene)
+    keys = [grid.key(cell) for cell in cells]
+    assert None not in keys
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
+
+
 def test_how_rows_are_chosen_is_in_the_key_of_those_that_choose_them(
     tmp_path: Path, pico_model: Path, own_text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
