@@ -80,9 +80,8 @@ def draw(path: Path, found: dict[str, Any]) -> None:
     for number, arm in enumerate(arms):
         places = [text - 0.4 + (number + 0.5) * width for text in range(len(texts))]
         label = f"{arm} ({found['cells'][arm]['seconds']:.0f} s)"
-        heights, errors = zip(
-            *((100 * one.increase, 100 * (one.stderr or 0)) for one in over[arm].values()), strict=True
-        )
+        heights = [100 * one.increase for one in over[arm].values()]
+        errors = [100 * (one.stderr or 0) for one in over[arm].values()]
         axis.bar(places, heights, width, yerr=errors, ecolor="0.3", label=label)
     axis.set_xticks(range(len(texts)), texts)
     axis.set_ylabel("bits per byte over dense (%)")
